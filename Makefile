@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo       a small model learns mini-MMEB from nothing; ends with scores and a report
+# make test       all tests that need neither an accelerator nor real weights
+# make test-fast  the same without the slow ones
+# make lint       ruff (lint and format) and pyright
+# make clean      remove the demonstration's files and caches; the environment stays
+#
+# Each sets up .venv when there is none, and again when the requirements change.
+# ARGS are handed to pytest: make test ARGS="tests/test_config.py -x"
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+DEMO := runs/demo
+DEMO_ENV := JAX_PLATFORMS=cpu
+EXCLUDED := not weights and not gpu and not tpu and not torch
+REQUIREMENTS := pyproject.toml requirements.txt requirements-dev.txt
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
+
+.PHONY: demo test test-fast lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	@echo "== 1/7 drawing mini-MMEB"
+	$(DEMO_ENV) $(PY) -m vlm2vec_jax.data.mini_mmeb --output $(DEMO)/data --seed 0
+	@echo "== 2/7 writing a small untrained model"
+	$(DEMO_ENV) $(PY) -m vlm2vec_jax.models.phi3v.mini --data $(DEMO)/data \
+	    --output $(DEMO)/base --seed 0
+	@echo "== 3/7 scoring the untrained model"
+	$(DEMO_ENV) $(PY) -m vlm2vec_jax.evaluate --model $(DEMO)/base --data $(DEMO)/data/eval \
+	    --output $(DEMO)/eval_untrained --dtype float32
+	@echo "== 4/7 training on a simulated mesh of two devices"
+	$(DEMO_ENV) XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=2" \
+	    $(PY) -m vlm2vec_jax.train --config configs/mini.py
+	@echo "== 5/7 scoring the trained model"
+	$(DEMO_ENV) $(PY) -m vlm2vec_jax.evaluate --model $(DEMO)/train --data $(DEMO)/data/eval \
+	    --output $(DEMO)/eval --dtype float32
+	@echo "== 6/7 writing the report"
+	$(DEMO_ENV) $(PY) -m vlm2vec_jax.evaluation.report --untrained $(DEMO)/eval_untrained \
+	    --trained $(DEMO)/eval --train $(DEMO)/train --data $(DEMO)/data/eval \
+	    --output $(DEMO)/report.html
+	@echo "== 7/7 done"
+	@echo "model:  $(DEMO)/train"
+	@echo "scores: $(DEMO)/eval_untrained/scores.md and $(DEMO)/eval/scores.md"
+	@echo "report: $(DEMO)/report.html"
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "$(EXCLUDED)" $(ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "$(EXCLUDED) and not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+clean:
+	rm -rf $(DEMO) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find vlm2vec_jax tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A python of the right version is searched for by running it: a name on the path may be a shim
+# that starts nothing.
+$(PY):
+	@for p in python3.12 python3.11 python3.13 python3.14 python3 python; do \
+	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	        echo "setting up $(VENV) with $$($$p --version)"; \
+	        exec $$p -m venv $(VENV); \
+	    fi; \
+	done; \
+	echo "no python 3.11 or newer was found on the path" >&2; exit 1
+
+$(VENV)/.installed: pyproject.toml requirements.txt | $(PY)
+	@echo "installing the requirements (a minute or more)"
+	$(PY) -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(REQUIREMENTS) | $(PY)
+	@echo "installing the requirements (a minute or more)"
+	$(PY) -m pip install -q -r requirements-dev.txt
+	@touch $@ $(VENV)/.installed

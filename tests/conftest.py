@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test relies on: eight simulated CPU devices, exact float32 products, the goldens.
+
+The environment is set here, before any test module imports jax, so that subprocesses inherit it.
+A GPU or TPU run overrides the platform from outside: `JAX_PLATFORMS=cuda pytest -m gpu`.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis  # noqa: E402  (after the environment: a plugin of it may import numpy or jax)
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "small",
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("small")
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of the reference's numbers (tests/goldens, see the README in it)."""
+    return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return Path(__file__).parent.parent

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment configuration: contract names, messages, the config files, the command line."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from absl import flags as absl_flags
+
+from vlm2vec_jax import flags
+from vlm2vec_jax.config import (
+    REFERENCE_TARGETS,
+    Config,
+    check,
+    deciding,
+    diff,
+    field_types,
+    fingerprint,
+    flatten,
+    from_dict,
+    names,
+    subset_names,
+    target_names,
+    to_dict,
+)
+from vlm2vec_jax.config_check import remarks
+from vlm2vec_jax.errors import UserError
+
+CONTRACT = """model.path model.adapter model.dtype adapter.type adapter.rank adapter.alpha
+adapter.dropout adapter.targets data.path data.subsets data.split data.image_root
+data.max_examples_per_subset data.num_crops data.max_len data.on_bad_example batch_size steps seed
+temperature output optim.lr optim.warmup_steps optim.schedule optim.weight_decay optim.clip_norm
+mesh.data mesh.fsdp mesh.tensor grad_cache checkpoint.every checkpoint.keep""".split()
+
+PINNED = "e614b58bb36d8e754df8d737364c681c21b21d002a1b4709d2c5c7f1c8343fd9"
+
+GOLDEN_CONFIGS = ["mini", "mmeb", "mmeb:lora", "mmeb:full"]
+
+
+def usable() -> Config:
+    config = Config(output="out")
+    config.model.path, config.data.path = "model", "data"
+    return config
+
+
+def load(repository, name: str) -> Config:
+    file, _, arg = name.partition(":")
+    spec = importlib.util.spec_from_file_location(
+        f"config_{file}", repository / "configs" / f"{file}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg) if arg else module.get_config()
+
+
+def as_text(config: Config) -> str:
+    return "".join(f"{path} = {value!r}\n" for path, value in flatten(config).items())
+
+
+def problems_of(config) -> str:
+    with pytest.raises(UserError) as raised:
+        check(config)
+    return str(raised.value)
+
+
+def test_contract_names_are_there():
+    missing = set(CONTRACT) - set(field_types())
+    assert not missing
+
+
+def test_defaults_pass_once_paths_are_given():
+    assert check(usable()).batch_size == 1024
+
+
+def test_empty_paths_are_all_named():
+    message = problems_of(Config())
+    for path in ("model.path", "data.path", "output"):
+        assert f"{path} is empty" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("steps", "400", "steps must be a whole number, not '400'"),
+        ("steps", True, "steps must be a whole number, not True"),
+        ("steps", 0, "steps must be at least 1, not 0"),
+        ("batch_size", 1, "batch_size must be at least 2, not 1"),
+        ("temperature", 0, "temperature must be above 0, not 0.0"),
+        ("temperature", float("nan"), "temperature must be a finite number"),
+        ("optim.lr", -1e-3, "optim.lr must be above 0, not -0.001"),
+        ("optim.beta2", 1.0, "optim.beta2 must be at least 0 and below 1, not 1.0"),
+        ("optim.schedule", "step", "optim.schedule must be one of linear, cosine, constant"),
+        ("optim.warmup_steps", -1, "optim.warmup_steps must be at least 0, not -1"),
+        ("adapter.type", "ia3", "adapter.type must be one of lora, dora, none, not 'ia3'"),
+        ("adapter.targets", " , ", "adapter.targets is empty"),
+        ("adapter.dropout", 1, "adapter.dropout must be at least 0 and below 1"),
+        ("model.dtype", "float16", "model.dtype must be one of bfloat16, float32"),
+        ("data.subsets", 7, "data.subsets: expected a comma list of names, not 7"),
+        ("data.split", "", "data.split is empty"),
+        ("data.on_bad_example", "ignore", "data.on_bad_example must be one of error, skip"),
+        ("checkpoint.resume", "yes", "checkpoint.resume must be True or False"),
+        ("mesh.fsdp", 0, "mesh.fsdp must be at least 1, or -1 for the devices that are left"),
+        ("mesh.fsdp", -1, "only one of the mesh axes can be -1, not mesh.data and mesh.fsdp"),
+        ("mesh.data", 3, "batch_size (1024) is not divisible by the 3 shards"),
+        ("packing.row_tokens", 128, "packing.row_tokens (128) is less than data.max_len (256)"),
+        ("grad_cache", "always", "grad_cache must be one of auto, on, off"),
+        ("remat", "some", "remat must be one of none, dots, full"),
+        ("attention", "flash", "attention must be one of auto, xla, cudnn, splash"),
+    ],
+)
+def test_each_mistake_is_said_in_words(path, value, said):
+    config = usable()
+    *group, name = path.split(".")
+    setattr(getattr(config, group[0]) if group else config, name, value)
+    message = problems_of(config)
+    assert said in message
+    assert "(1 problem)" in message
+
+
+def test_mistakes_are_collected():
+    config = usable()
+    config.steps, config.optim.lr, config.adapter.type = "many", 0.0, "x"
+    message = problems_of(config)
+    assert "(3 problems)" in message
+    assert "steps must be" in message and "optim.lr must" in message and "adapter.type" in message
+
+
+def test_chunks_hold_whole_rows():
+    config = usable()
+    config.packing.row_tokens, config.packing.chunk_tokens = 512, 1000
+    assert "packing.chunk_tokens (1000) is not a multiple" in problems_of(config)
+
+
+def test_an_adapter_cannot_start_full_training():
+    config = usable()
+    config.adapter.type, config.model.adapter = "none", "adapter"
+    assert "merge the adapter first" in problems_of(config)
+
+
+def test_a_wrong_group_and_a_wrong_object_are_named():
+    config = usable()
+    config.optim = {"lr": 1e-3}
+    assert "optim must be a OptimConfig" in problems_of(config)
+    assert "must return a vlm2vec_jax.config.Config, not dict" in problems_of({"steps": 3})
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["A,B-c", " A , B-c,", "('A', 'B-c')", "['A','B-c']", "(A,B-c)", ("A", "B-c"), ["A", "B-c"]],
+)
+def test_lists_of_names_in_every_form(value):
+    assert names(value) == ("A", "B-c")
+    config = usable()
+    config.data.subsets = value
+    assert subset_names(config) == ("A", "B-c")
+    assert check(config).data.subsets == "A,B-c"
+
+
+def test_no_subsets_means_all_and_targets_are_the_reference_list():
+    assert subset_names(usable()) == ()
+    assert target_names(usable()) == tuple(REFERENCE_TARGETS.split(","))
+    assert len(target_names(usable())) == 8
+
+
+def test_whole_numbers_become_fractions():
+    config = usable()
+    config.optim.lr = 1
+    assert isinstance(check(config).optim.lr, float)
+
+
+def test_no_data_axis_means_all_devices():
+    config = usable()
+    config.mesh.data = 0
+    assert check(config).mesh.data == -1
+
+
+def test_odd_but_possible_settings_are_remarked():
+    config = usable()
+    assert remarks(config) == []
+    config.optim.warmup_steps = 2000
+    assert "leaves no step of the 2000" in remarks(check(config))[0]
+
+
+def test_to_dict_survives_json():
+    config = usable()
+    config.data.subsets = ("A", "B")
+    stored = json.loads(json.dumps(to_dict(config)))
+    assert stored["data"]["subsets"] == "A,B"
+    assert from_dict(stored) == config
+
+
+def test_from_dict_names_unknown_fields():
+    with pytest.raises(UserError, match=r"unknown field optim\.learning_rate"):
+        from_dict({"optim": {"learning_rate": 1.0}, "steps": 3})
+
+
+def test_fingerprint_follows_what_decides_the_result():
+    base = fingerprint(usable())
+    assert len(base) == 64
+    for path in field_types():
+        config = usable()
+        *group, name = path.split(".")
+        owner = getattr(config, group[0]) if group else config
+        value = getattr(owner, name)
+        changed = (not value) if isinstance(value, bool) else value + type(value)(1)
+        setattr(owner, name, changed)
+        assert (fingerprint(config) != base) == (path in deciding(usable())), path
+    assert {"output", "mesh.data", "packing.row_tokens"}.isdisjoint(deciding(usable()))
+
+
+def test_fingerprint_does_not_change_between_versions():
+    # A checkpoint of an older version is compared by this value: change it knowingly.
+    text = json.dumps(deciding(usable()), sort_keys=True)
+    assert json.loads(text)["optim.lr"] == 2e-5
+    assert fingerprint(usable()) == PINNED
+
+
+def test_fingerprint_ignores_the_form_of_values():
+    config = usable()
+    config.adapter.alpha = 64
+    config.adapter.targets = tuple(REFERENCE_TARGETS.split(","))
+    config.data.path = "data/"
+    assert fingerprint(config) == fingerprint(usable())
+
+
+def test_diff_names_fields():
+    now = usable()
+    now.optim.lr, now.output = 0.5, "elsewhere"
+    assert diff(usable(), now) == [
+        "optim.lr: 2e-05 before, 0.5 now",
+        "output: 'out' before, 'elsewhere' now",
+    ]
+    assert diff(usable(), now, deciding_only=True) == ["optim.lr: 2e-05 before, 0.5 now"]
+    assert diff(usable(), usable()) == []
+
+
+@pytest.mark.parametrize("name", GOLDEN_CONFIGS)
+def test_config_files_resolve_to_their_golden_texts(repository, name):
+    config = check(load(repository, name))
+    golden = repository / "tests" / "golden_configs" / f"{name.replace(':', '_')}.txt"
+    assert as_text(config) == golden.read_text()
+
+
+def test_mmeb_is_the_papers_recipe(repository):
+    config = load(repository, "mmeb")
+    assert (config.batch_size, config.steps, config.temperature) == (1024, 2000, 0.02)
+    assert (config.adapter.type, config.adapter.rank, config.adapter.alpha) == ("dora", 8, 64.0)
+    assert len(subset_names(config)) == 20
+    assert load(repository, "mmeb:full").adapter.type == "none"
+
+
+@pytest.mark.parametrize("name", ["mmeb:qlora", "mini:large"])
+def test_an_unknown_variant_is_named(repository, name):
+    with pytest.raises(UserError, match=name.split(":")[1]):
+        load(repository, name)
+
+
+def command(repository, capsys, *arguments: str) -> tuple[int, list[Config], str]:
+    """Run an entry point that only reads its configuration; its code, what it read, stderr."""
+    seen: list[Config] = []
+
+    def main(args):
+        seen.append(flags.experiment(args))
+
+    argv = ["train", *(a.replace("configs/", f"{repository}/configs/") for a in arguments)]
+    code = flags.call(main, flags.define_config, argv)
+    return code, seen, capsys.readouterr().err
+
+
+def test_overrides_are_typed(repository, capsys):
+    code, seen, _ = command(
+        repository,
+        capsys,
+        "--config=configs/mmeb.py:lora",
+        "--config.optim.lr=3e-4",
+        "--config.batch_size",
+        "64",
+        "--config.data.subsets=CIRR,NIGHTS",
+        "--config.loss.mask_duplicate_targets",
+        "--noconfig.checkpoint.resume",
+        "--config.mesh.data=-1",
+    )
+    assert code == 0
+    config = seen[0]
+    assert config.adapter.type == "lora"
+    assert config.optim.lr == 3e-4 and config.batch_size == 64
+    assert subset_names(config) == ("CIRR", "NIGHTS")
+    assert config.loss.mask_duplicate_targets is True and config.checkpoint.resume is False
+
+
+def test_overrides_may_stand_before_the_file(repository, capsys):
+    code, seen, _ = command(repository, capsys, "--config.steps=50", "--config", "configs/mini.py")
+    assert code == 0 and seen[0].steps == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config=configs/mini.py", "--config.optim.lrr=1"], "did you mean optim.lr"),
+        (["--config=configs/mini.py", "--config.nothing.at_all=1"], "--config.nothing.at_all"),
+        (["--config=configs/mini.py", "--noconfig.checkpoint.resumed"], "checkpoint.resume?"),
+        (["--config=configs/mini.py", "--config.steps=many"], "config.steps"),
+        (["--config=configs/mini.py", "--config.steps=1.5"], "config.steps"),
+        (["--config=configs/mini.py", "--config.optim=3"], "optim"),
+        (["--config=configs/mini.py", "--config.steps=-4"], "steps must be at least 1, not -4"),
+        (["--config=configs/mini.py", "--stepz=4"], "stepz"),
+        (["--config=configs/mini.py", "extra"], "arguments without a flag: extra"),
+        (["--config=configs/mini.py:large"], "configs/mini.py has no variants"),
+        (["--config=configs/absent.py"], "there is no config file"),
+        (["--config.steps=4"], "config"),
+        ([], "give a config file"),
+    ],
+)
+def test_command_line_mistakes_are_messages(repository, capsys, arguments, said):
+    code, seen, err = command(repository, capsys, *arguments)
+    assert code == flags.USER_ERROR and not seen
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_missing_required_flag_is_named(capsys):
+    def define(values):
+        absl_flags.DEFINE_string("model", None, "a folder", required=True, flag_values=values)
+
+    assert flags.call(lambda args: None, define, ["embed"]) == flags.USER_ERROR
+    assert "--model must be given" in capsys.readouterr().err
+    assert flags.call(lambda args: None, define, ["embed", "--model=x"]) == 0
+
+
+def test_help_lists_the_flags(capsys):
+    assert flags.call(lambda args: None, flags.define_config, ["train", "--help"]) == 0
+    assert "--config" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_a_message_and_a_defect_is_not(capsys):
+    def full(args):
+        raise OSError(28, "No space left on device", "out/model")
+
+    def defect(args):
+        raise IndexError("a defect")
+
+    assert flags.call(full, lambda values: None, ["x"]) == flags.USER_ERROR
+    assert "out/model (No space left on device)" in capsys.readouterr().err
+    with pytest.raises(IndexError):
+        flags.call(defect, lambda values: None, ["x"])
+
+
+def test_run_exits_with_two_and_no_traceback(repository, tmp_path):
+    script = tmp_path / "entry.py"
+    script.write_text(
+        "from vlm2vec_jax import flags\n"
+        "def main(args):\n"
+        "    flags.experiment(args)\n"
+        "if __name__ == '__main__':\n"
+        "    flags.run(main, flags.define_config)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), "--config", "configs/mini.py", "--config.steps=0"],
+        cwd=repository,
+        env={"PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "steps must be at least 1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_configs_are_not_frozen():
+    assert not Config.__dataclass_params__.frozen
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.type):
+            assert not field.type.__dataclass_params__.frozen

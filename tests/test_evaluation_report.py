@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTML report: complete, offline, harmless, and there with parts missing."""
+
+import html.parser
+import json
+import re
+
+import pytest
+from evaluation_data import FakeEncoder, captions, labels, row, write_subset
+
+from vlm2vec_jax import flags
+from vlm2vec_jax.data.mmeb import open_eval
+from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.evaluation import report, run
+
+EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Data, evaluations of two models, and a training folder."""
+    root = tmp_path_factory.mktemp("report")
+    data = root / "data"
+    write_subset(data, "ImageNet-1K", labels())
+    write_subset(data, "MSCOCO_t2i", captions())
+    odd = [row((f"{EVIL}\n", ""), (f"{k} {EVIL}", ""), ('other & "that"', "")) for k in range(4)]
+    write_subset(data, "My Shop <b>", odd)
+    for name in ("a", "b"):
+        run.evaluate_sources(FakeEncoder(name), open_eval(data, []), output=root / name)
+    train = root / "train"
+    train.mkdir()
+    lines = [
+        json.dumps({"step": s, "loss": 3 / s, "accuracy": 1 - 1 / s, "lr": 1e-4}) for s in (1, 2, 3)
+    ]
+    nothing = json.dumps({"step": 4, "loss": None, "accuracy": 0.8, "lr": 1e-5})
+    (train / "metrics.jsonl").write_text("\n".join([*lines, nothing, '{"step": 5, "lo']))
+    return root
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects what a browser would see."""
+
+    VOID = {"img", "meta", "br"}
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def write(made, **options):
+    path = made / "report.html"
+    report.write_report(path, **options)
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_is_whole_and_offline(made):
+    page = write(
+        made, trained=made / "b", untrained=made / "a", train=made / "train", data=made / "data"
+    )
+    seen = Tags(page)
+    assert seen.open == []
+    text = " ".join(seen.words)
+    for words in ("untrained", "trained", "gain", "ImageNet-1K", "MSCOCO_t2i", "IND", "Training"):
+        assert words in text
+    for tag, attributes in seen.tags:
+        assert tag not in ("script", "iframe", "link", "object", "embed", "form")
+        assert not [name for name in attributes if name.startswith("on")]
+        if tag == "img":
+            assert attributes["src"].startswith(
+                ("data:image/png", "data:image/jpeg", "data:image/svg")
+            )
+        if tag == "a":
+            anchor = attributes["href"]
+            assert anchor.startswith("#") and any(a.get("id") == anchor[1:] for _, a in seen.tags)
+    assert not re.search(r"(src|href)=[\"']?(http|//|file)", page)
+    assert sum(tag == "img" for tag, _ in seen.tags) > 10
+
+
+def test_text_of_the_data_is_shown_and_never_run(made):
+    page = write(made, trained=made / "b", data=made / "data")
+    assert "<script" not in page and 'onerror="' not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "My Shop &lt;b&gt;" in page
+
+
+def test_right_and_wrong_are_marked_in_words(made):
+    folder = made / "b"
+    page = write(made, trained=folder, data=made / "data", examples=100)
+    rows = [
+        json.loads(line)
+        for path in folder.glob("*_pred.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    right = sum(r["correct"] for r in rows)
+    assert 0 < right < len(rows)
+    assert page.count("✓ right") == right
+    assert page.count("✗ wrong: truth at ") == len(rows) - right
+    assert page.count("✗ taken") == len(rows) - right
+    assert page.count("✓ truth") == len(rows)  # also where it is not among the first five
+
+
+def test_each_part_may_be_missing(made, tmp_path):
+    page = write(made, untrained=made / "a")
+    assert "Training" not in page and "gain" not in page
+    # Without the data there are the names of the pictures in place of the pictures.
+    assert "img/ImageNet-1K_0.png" in page
+    (tmp_path / "empty").mkdir()
+    page = write(made, trained=made / "b", train=tmp_path / "empty", data=tmp_path)
+    assert "There are no metrics of the training" in page
+    assert "no picture:" in page
+
+
+def test_it_works_without_predictions(made, tmp_path):
+    (tmp_path / "scores.json").write_text((made / "b" / "scores.json").read_text())
+    page = write(made, trained=tmp_path, data=made / "data")
+    assert "There are no predictions of this subset" in page
+
+
+def test_what_cannot_be_a_report_is_told(made, tmp_path):
+    with pytest.raises(UserError, match="needs an evaluation folder"):
+        report.write_report(tmp_path / "x.html")
+    with pytest.raises(UserError, match="scores.json is not there"):
+        report.write_report(tmp_path / "x.html", trained=tmp_path)
+    (tmp_path / "scores.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot be read as scores"):
+        report.write_report(tmp_path / "x.html", trained=tmp_path)
+
+
+def test_a_picture_outside_the_data_is_not_read(made, tmp_path):
+    (made / "data" / "secret").mkdir(exist_ok=True)
+    pictures = report.html.Pictures(made / "data" / "secret")
+    for name in ("../img/ImageNet-1K_0.png", str(made / "data/img/ImageNet-1K_0.png")):
+        assert "<img" not in pictures.show(name)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 7, 40])
+@pytest.mark.parametrize("wrong", [0, 1, 3, 17, 20])
+def test_examples_are_half_wrong_where_possible(count, wrong):
+    correct = [n >= wrong for n in range(20)]
+    rows = report.choose(correct, count)
+    assert len(rows) == min(count, 20) == len(set(rows))
+    assert rows == sorted(rows)
+    shown = sum(not correct[n] for n in rows)
+    assert shown >= min(wrong, count // 2)
+    assert len(rows) - shown >= min(20 - wrong, count // 2)
+
+
+def test_the_command(made, capsys):
+    argv = ["report", "--trained", str(made / "b"), "--output", str(made / "command.html")]
+    assert flags.call(report.main, report.define, argv) == 0
+    assert "command.html" in capsys.readouterr().out and (made / "command.html").exists()
+    argv = ["report", "--trained", str(made / "nowhere"), "--output", str(made / "x.html")]
+    assert flags.call(report.main, report.define, argv) == 2
+    assert "nowhere" in capsys.readouterr().err and not (made / "x.html").exists()

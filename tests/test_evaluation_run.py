@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation: results on disk, resuming, stale files, inputs embedded once."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from evaluation_data import FakeEncoder, captions, labels, row, write_image, write_subset
+
+from vlm2vec_jax.data.mmeb import open_eval
+from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.evaluation import run, scoring, store
+
+
+@pytest.fixture
+def data(tmp_path):
+    root = tmp_path / "data"
+    write_subset(root, "ImageNet-1K", labels())
+    write_subset(root, "MSCOCO_t2i", captions())
+    return root
+
+
+def evaluate(encoder, data, output, subsets=(), others=(), **options):
+    said: list[str] = []
+    found = run.evaluate_sources(
+        encoder,
+        open_eval(data, list(subsets)),
+        output=output,
+        others=open_eval(data, list(others)) if others else (),
+        say=said.append,
+        **options,
+    )
+    return found, said
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_results_follow_the_contract(data, tmp_path):
+    encoder, output = FakeEncoder(), tmp_path / "out"
+    found, _ = evaluate(encoder, data, output)
+    assert sorted(os.listdir(output)) == sorted(
+        [f"{s}_{kind}" for s in ("ImageNet-1K", "MSCOCO_t2i")
+         for kind in ("embeddings.npz", "pred.jsonl", "score.json")]
+        + ["scores.json", "scores.md"]
+    )  # fmt: skip
+    assert json.loads((output / "scores.json").read_text()) == found
+    for name, task, rows in (("ImageNet-1K", "classification", 6), ("MSCOCO_t2i", "retrieval", 5)):
+        score = json.loads((output / f"{name}_score.json").read_text())
+        assert score["num_pred"] == rows
+        assert score["acc"] == score["num_correct"] / rows
+        subset = found["subsets"][name]
+        assert (subset["acc"], subset["meta_task"], subset["split"]) == (score["acc"], task, "ind")
+    assert set(found["averages"]) == {
+        "classification", "vqa", "retrieval", "grounding", "ind", "ood", "all"
+    }  # fmt: skip
+    assert found["averages"]["vqa"] is None and found["averages"]["ood"] is None
+    accuracies = [s["acc"] for s in found["subsets"].values()]
+    assert found["averages"]["all"] == pytest.approx(np.mean(accuracies))
+    assert found["fingerprint"]["encoder"] == encoder.fingerprint()
+
+
+def test_predictions_agree_with_a_loop_over_rows(data, tmp_path):
+    encoder, output = FakeEncoder(), tmp_path / "out"
+    evaluate(encoder, data, output)
+    for source in open_eval(data, []):
+        lines = (output / f"{source.subset}_pred.jsonl").read_text().splitlines()
+        assert len(lines) == len(source)
+        for n, line in enumerate(map(json.loads, lines)):
+            vectors = [
+                encoder.vector(text, [source.image_root / path] if path else [])
+                for text, path in (source[n].query_key, *source[n].target_keys)
+            ]
+            unit = [v / np.linalg.norm(v) for v in vectors]
+            scores = np.array([unit[0] @ t for t in unit[1:]])
+            best = int(np.argmax(scores))
+            assert line["row"] == n and line["correct"] == (best == 0)
+            text, path = source[n].target_keys[best]
+            assert line["predicted"] == {"text": text, "image": path}
+            assert line["truth"]["text"] == source[n].target_keys[0][0]
+            assert line["query"]["text"] == source[n].query_key[0]
+            assert line["score"] == pytest.approx(scores[best], abs=1e-6)
+            assert line["rank"] == 1 + int((scores > scores[0]).sum())
+            assert line["candidates"] == len(scores)
+            assert len(line["top"]) == min(scoring.TOP, len(scores))
+            assert [t["truth"] for t in line["top"]].count(True) <= 1
+            ordered = [t["score"] for t in line["top"]]
+            assert ordered == sorted(ordered, reverse=True)
+
+
+@pytest.mark.parametrize("at_once", [1, 512])
+def test_every_input_is_embedded_once_over_all_subsets(data, tmp_path, at_once):
+    # The same pictures and labels in a second subset, one of them by another spelling of its path.
+    rows = labels()
+    rows[0]["qry_img_path"] = "img/../img/ImageNet-1K_0.png"
+    write_subset(data, "VOC2007", rows)
+    encoder = FakeEncoder()
+    found, said = evaluate(encoder, data, tmp_path / "out", inputs_at_once=at_once)
+    assert len(encoder.seen) == len(set(encoder.seen))
+    assert encoder.calls == (2 if at_once == 1 else 1)
+    assert found["subsets"]["VOC2007"]["acc"] == found["subsets"]["ImageNet-1K"]["acc"]
+    assert any("VOC2007" in s and "0 inputs to embed (12 more are shared" in s for s in said)
+
+
+def test_the_second_run_embeds_nothing_and_changes_nothing(data, tmp_path):
+    output = tmp_path / "out"
+    first, _ = evaluate(FakeEncoder(), data, output)
+    before = files(output)
+    encoder = FakeEncoder()
+    second, said = evaluate(encoder, data, output)
+    assert encoder.seen == [] and second == first and files(output) == before
+    assert any("already evaluated" in s for s in said)
+
+
+def test_an_interrupted_evaluation_goes_on(data, tmp_path):
+    output, plain = tmp_path / "out", tmp_path / "plain"
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(FakeEncoder(fail_at=2), data, output, inputs_at_once=1)
+    assert not (output / "scores.json").exists()
+    assert (output / "ImageNet-1K_score.json").exists()
+    # What a killed process leaves behind: a temporary file, and half of an older version's file.
+    (output / ".MSCOCO_t2i_embeddings.npz.abc.tmp").write_bytes(b"PK")
+    (output / "MSCOCO_t2i_embeddings.npz").write_bytes(b"PK\x03\x04 half a file")
+    encoder = FakeEncoder()
+    resumed, said = evaluate(encoder, data, output)
+    assert all(not images or "MSCOCO" in images[0] for _, images in encoder.seen)
+    assert any("cannot be read; embedded again" in s for s in said)
+    once, _ = evaluate(FakeEncoder(), data, plain)
+    assert resumed == once
+    for name, content in files(plain).items():
+        if not name.endswith(".npz"):  # an npz holds the time of day
+            assert files(output)[name] == content, name
+
+
+def test_an_interruption_between_embedding_and_scoring(data, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "judge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(FakeEncoder(), data, output)
+    encoder = FakeEncoder()
+    evaluate(encoder, data, output, ["ImageNet-1K"])
+    assert encoder.seen == []
+
+
+def test_another_model_never_uses_what_is_there(data, tmp_path):
+    output = tmp_path / "out"
+    evaluate(FakeEncoder("a"), data, output)
+    encoder = FakeEncoder("b")
+    found, said = evaluate(encoder, data, output)
+    assert any('encoder.model: "a" -> "b"' in s for s in said)
+    expected, _ = evaluate(FakeEncoder("b"), data, tmp_path / "fresh")
+    assert found == expected
+    assert len(encoder.seen) == 6 + 6 + 5 + 7
+
+
+def test_results_of_two_models_are_not_mixed_in_one_table(data, tmp_path):
+    output = tmp_path / "out"
+    evaluate(FakeEncoder("a"), data, output)
+    found, said = evaluate(
+        FakeEncoder("b"), data, output, ["ImageNet-1K"], others=["MSCOCO_t2i"]
+    )  # fmt: skip
+    assert list(found["subsets"]) == ["ImageNet-1K"]
+    assert any("MSCOCO_t2i: not chosen and left out" in s for s in said)
+
+
+def test_subsets_of_several_runs_of_one_model_make_one_table(data, tmp_path):
+    output = tmp_path / "out"
+    evaluate(FakeEncoder(), data, output, ["MSCOCO_t2i"])
+    found, _ = evaluate(FakeEncoder(), data, output, ["ImageNet-1K"], others=["MSCOCO_t2i"])
+    expected, _ = evaluate(FakeEncoder(), data, tmp_path / "fresh")
+    assert found == expected
+
+
+def test_predictions_of_another_model_under_a_good_score_are_noticed(data, tmp_path):
+    """A run of b stopped between its predictions and its score; then a runs again."""
+    output = tmp_path / "out"
+    evaluate(FakeEncoder("a"), data, output)
+    path = store.predictions_path(output, "ImageNet-1K")
+    good = path.read_bytes()
+    path.write_text("{}\n")
+    _, said = evaluate(FakeEncoder("a"), data, output)
+    assert path.read_bytes() == good
+    assert any("predictions are missing or were changed" in s for s in said)
+
+
+@pytest.mark.parametrize("change", ["image", "candidates", "text"])
+def test_changed_data_is_noticed(data, tmp_path, change):
+    output = tmp_path / "out"
+    evaluate(FakeEncoder(), data, output)
+    rows = labels()
+    if change == "image":
+        write_image(data / "img/ImageNet-1K_2.png", seed=1)
+    elif change == "candidates":  # same inputs, other lists: scored again, embedded not at all
+        rows[0]["tgt_text"] = rows[0]["tgt_text"][::-1]
+        write_subset(data, "ImageNet-1K", rows)
+    else:
+        rows[3]["tgt_text"][1] = "label 4 "
+        write_subset(data, "ImageNet-1K", rows)
+    encoder = FakeEncoder()
+    found, _ = evaluate(encoder, data, output)
+    expected, _ = evaluate(FakeEncoder(), data, tmp_path / "fresh")
+    assert found == expected
+    assert bool(encoder.seen) == (change != "candidates")
+    assert all(i == () or "ImageNet" in i[0] for _, i in encoder.seen)
+
+
+def test_data_and_results_may_be_moved(data, tmp_path):
+    first, _ = evaluate(FakeEncoder(), data, tmp_path / "out")
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.move(data, moved / "mmeb")
+    shutil.move(tmp_path / "out", moved / "results")
+    encoder = FakeEncoder()
+    second, _ = evaluate(encoder, moved / "mmeb", moved / "results")
+    assert encoder.seen == [] and second == first
+
+
+def test_similarity_is_part_of_a_score_not_of_an_embedding(data, tmp_path):
+    output = tmp_path / "out"
+    evaluate(FakeEncoder(), data, output)
+    encoder = FakeEncoder()
+    found, _ = evaluate(encoder, data, output, similarity="dot")
+    assert encoder.seen == [] and found["similarity"] == "dot"
+
+
+def test_vectors_that_are_not_finite_are_counted_wrong_and_told(data, tmp_path):
+    class Broken(FakeEncoder):
+        def encode(self, inputs, *, progress=False):
+            return np.full((len(inputs), 4), np.nan, np.float32)
+
+    found, said = evaluate(Broken(), data, tmp_path / "out")
+    assert found["averages"]["all"] == 0.0
+    assert found["subsets"]["ImageNet-1K"]["acc_reference"] == 1.0
+    assert any("24 of 24 embeddings for ImageNet-1K, MSCOCO_t2i are not finite" in s for s in said)
+    assert any("reference counts ties" in s for s in said)
+    score = json.loads((tmp_path / "out" / "ImageNet-1K_score.json").read_text())
+    assert score["num_not_finite"] == 6
+
+
+def test_a_subset_of_ones_own_counts_in_all_only(data, tmp_path):
+    write_subset(data, "MyShop", [row(("a\n", ""), ("b", ""), ("c", ""))])
+    found, said = evaluate(FakeEncoder(), data, tmp_path / "out")
+    mine = found["subsets"]["MyShop"]
+    assert (mine["meta_task"], mine["split"]) == ("other", None)
+    assert any("MyShop" in s and "without meta-task" in s for s in said)
+
+
+def test_unknown_subsets_are_listed_with_what_is_there(data, tmp_path):
+    with pytest.raises(UserError, match="'CIFAR'(.|\n)*'Flowers'(.|\n)*ImageNet-1K, MSCOCO_t2i"):
+        run.choose_subsets(data, ["CIFAR", "ImageNet-1K", "Flowers"], tmp_path)
+    with pytest.raises(UserError, match="no subset"):
+        run.choose_subsets(tmp_path, None, tmp_path)
+    with pytest.raises(UserError, match="no subset was chosen"):
+        run.choose_subsets(data, [], tmp_path)
+
+
+def test_both_spellings_of_a_subset_and_the_order_of_the_table(data, tmp_path):
+    chosen, others = run.choose_subsets(data, ["MSCOCO_t2i", "ImageNet_1K"], tmp_path)
+    assert chosen == ["ImageNet-1K", "MSCOCO_t2i"] and others == []
+    evaluate(FakeEncoder(), data, tmp_path / "out", ["MSCOCO_t2i"])
+    assert run.choose_subsets(data, ["ImageNet-1K"], tmp_path / "out")[1] == ["MSCOCO_t2i"]
+
+
+def test_a_full_disk_leaves_earlier_results_whole(data, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    evaluate(FakeEncoder("a"), data, output)
+    before = files(output)
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        evaluate(FakeEncoder("b"), data, output)
+    assert files(output) == before

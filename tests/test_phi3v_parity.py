@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model against the reference, sub-module by sub-module, on every forward golden."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_batches import golden_batch, load_npz, rope_table
+
+from vlm2vec_jax.models.loading import abstract_model, flatten, load_model
+from vlm2vec_jax.models.phi3v.vision import merge_patches, with_global_views
+from vlm2vec_jax.models.phi3v.hd_transform import crop_info, global_view_numpy, hd_geometry
+from vlm2vec_jax.nn.compute import Compute
+
+BATCHES = [
+    ("tiny_mha", name)
+    for name in (
+        "image_pair_long", "image_single_short", "mixed", "text_at_orig_max", "text_leftpad",
+        "text_over_orig_max", "text_rightpad", "text_single", "two_images_one_row",
+    )
+] + [
+    ("tiny_gqa", name)
+    for name in (
+        "image_single_short", "mixed_long", "text_at_orig_max", "text_leftpad",
+        "text_over_orig_max", "text_rightpad", "text_single",
+    )
+]  # fmt: skip
+EXACT = Compute("float32")
+
+
+@pytest.fixture(scope="module")
+def models(goldens):
+    return {
+        name: load_model(goldens / name, dtype_of=lambda path: jnp.float32)
+        for name in ("tiny_mha", "tiny_gqa")
+    }
+
+
+@pytest.fixture(params=BATCHES, ids=lambda p: "-".join(p), scope="module")
+def case(request, models, goldens):
+    model = models[request.param[0]]
+    golden = load_npz(goldens / "forward" / request.param[0] / f"{request.param[1]}.npz")
+    return model, golden, golden_batch(model.config, golden), rope_table(model.config, golden)
+
+
+def close(found, golden, key, tolerance):
+    if key in golden:
+        np.testing.assert_allclose(np.asarray(found), golden[key], rtol=0, atol=tolerance)
+
+
+def test_forward(case):
+    model, golden, batch, table = case
+    module, mask = model.module, golden["attention_mask"][..., None]
+    x = module.input_embeddings(batch, EXACT)
+    close(x * mask, golden, "inputs_embeds", 2e-5)
+    places = module.decoder.places(batch, table)
+    close(places.cos[:1], golden, "rope_cos", 1e-6)
+    close(places.sin[:1], golden, "rope_sin", 1e-6)
+    states = module.decoder.hidden_states(x, places, EXACT)
+    for number, state in enumerate(states[:-1], start=1):
+        close(state * mask, golden, f"hidden_after_layer_{number}", 2e-5)
+    last = f"hidden_after_layer_{len(states)}_prenorm"
+    close(states[-1] * mask, golden, last, 2e-5)
+    normed = module.decoder.norm(states[-1])
+    close(normed * mask, golden, "last_hidden_state", 2e-5)
+    if "logits" in golden:
+        close(module.lm_head(normed) * mask, {"logits": golden["logits"] * mask}, "logits", 1e-4)
+    pooled = module.pooled(batch, EXACT, rope_table=table)[:, 0]
+    close(pooled, golden, "pooled", 2e-5)
+    close(module(batch, EXACT, rope_table=table)[:, 0], golden, "embedding", 2e-6)
+
+
+def test_first_layer(case):
+    model, golden, batch, table = case
+    if "layer1_attn_out" not in golden:
+        return
+    decoder, mask = model.module.decoder, golden["attention_mask"][..., None]
+    x = model.module.input_embeddings(batch, EXACT)
+    from vlm2vec_jax.nn.compute import layer_at
+
+    layer = layer_at(decoder.layers, 0)
+    places = decoder.places(batch, table)
+    attended = layer.attn(layer.input_norm(x), places, None, EXACT, None)
+    close(attended * mask, golden, "layer1_attn_out", 2e-5)
+    close(layer.mlp(layer.post_norm(x + attended), None) * mask, golden, "layer1_mlp_out", 2e-5)
+
+
+def test_vision(case):
+    model, golden, batch, _ = case
+    if not batch.visual:
+        return
+    vision = model.module.vision
+    used = [
+        batch.visual["pixels"][row, c]
+        for row in range(len(batch.tokens))
+        for c in range(sum(golden["crops_used"][golden["image_row"] == row]))
+    ]
+    features = vision.clip(jnp.asarray(np.stack(used)), EXACT)
+    close(features, golden, "clip_features", 2e-5)
+    if "clip_hidden_0_crop0" in golden:
+        for i, state in enumerate(vision.clip.hidden_states(jnp.asarray(used[0])[None], EXACT)):
+            close(state[0], golden, f"clip_hidden_{i}_crop0", 2e-5)
+    table = vision.table(batch.visual, EXACT)
+    rows, at = np.nonzero(batch.feature_index >= 0)
+    close(np.asarray(table)[rows, batch.feature_index[rows, at]], golden, "image_embeds", 2e-5)
+    if "hd_features_before_projection" in golden:
+        merged = np.asarray(merge_patches(features)).reshape(-1, 4 * model.config.clip.hidden_size)
+        raw = np.concatenate([np.stack([vision.newline[...], vision.separator[...]]), merged])
+        found = raw[batch.feature_index[rows, at]]
+        close(found, golden, "hd_features_before_projection", 2e-5)
+
+
+def test_bf16_stays_near_float32(case):
+    model, golden, batch, table = case
+    found = model.module(batch, Compute("bfloat16"), rope_table=table)[:, 0]
+    cosine = np.sum(np.asarray(found) * golden["embedding"], axis=-1)
+    assert cosine.min() > 0.999
+
+
+def test_remat_changes_nothing(models, goldens):
+    model = models["tiny_mha"]
+    golden = load_npz(goldens / "forward/tiny_mha/text_rightpad.npz")
+    batch = golden_batch(model.config, golden)
+    plain = model.module(batch, EXACT)
+    for remat in ("dots", "full"):
+        again = model.module(batch, Compute("float32", remat=remat))
+        np.testing.assert_allclose(np.asarray(again), np.asarray(plain), atol=1e-6)
+
+
+def test_rope_table_follows_each_sequence(models, goldens):
+    """A short row beside a long one is embedded as it is alone, unlike in the reference."""
+    model = models["tiny_mha"]
+    golden = load_npz(goldens / "forward/tiny_mha/text_over_orig_max.npz")
+    both = model.module(golden_batch(model.config, golden), EXACT)
+    alone = load_npz(goldens / "forward/tiny_mha/text_rightpad.npz")["embedding"][0]
+    np.testing.assert_allclose(np.asarray(both[1, 0]), alone, atol=2e-6)
+    np.testing.assert_allclose(np.asarray(both[0, 0]), golden["embedding"][0], atol=2e-6)
+
+
+@pytest.mark.parametrize("width, height, crops", [(640, 480, 4), (100, 700, 16), (336, 336, 1)])
+def test_global_view_on_the_device(width, height, crops):
+    rng = np.random.default_rng(0)
+    info = crop_info(hd_geometry(width, height, crops, 28))
+    pixels = rng.integers(0, 256, (len(info), 28, 28, 3), np.uint8)
+    pixels[0] = 0
+    # A second image in the row, and an empty crop behind it.
+    other = crop_info(hd_geometry(28, 28, 1, 28))
+    row_info = np.concatenate([info, other, np.zeros((1, 5), np.int32)])
+    row = np.concatenate([pixels, pixels[: len(other)], np.zeros((1, 28, 28, 3), np.uint8)])
+    found = np.asarray(with_global_views(jnp.asarray(row)[None], jnp.asarray(row_info)[None]))[0]
+    expected = global_view_numpy(pixels, info)
+    np.testing.assert_allclose(found[0], np.asarray(expected).reshape(found[0].shape), atol=2e-6)
+    second = global_view_numpy(row[len(info) : len(info) + 2], other)
+    np.testing.assert_allclose(found[len(info)], np.asarray(second).reshape(28, 28, 3), atol=2e-6)
+
+
+def test_full_size_parameter_count(goldens):
+    import json
+
+    config = json.loads((goldens / "tiny_mha/config.json").read_text())
+    config |= {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064,
+        "pad_token_id": 32000, "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    config["img_processor"] |= {"image_dim_out": 1024}
+    config["rope_scaling"] |= {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
+    from flax import nnx
+
+    from vlm2vec_jax.models.phi3v.config import from_dicts
+    from vlm2vec_jax.models.phi3v.model import Phi3V
+
+    real = from_dicts(config)
+    module = nnx.eval_shape(lambda: Phi3V(real, rngs=nnx.Rngs(0)))
+    sizes = {path: np.prod(leaf.shape, dtype=int) for path, leaf in flatten(module).items()}
+    assert sum(sizes.values()) == 4_146_621_440
+    assert sizes["lm_head/kernel"] == sizes["embed/table"] == 98_500_608
+
+
+def test_abstract_model_takes_no_memory(goldens):
+    for leaf in flatten(abstract_model(goldens / "tiny_mha").module).values():
+        assert not hasattr(leaf, "devices")

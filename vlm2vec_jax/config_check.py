@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules behind `config.check`: types, words, ranges, and what does not go together.
+
+Paths are not opened here; whether a folder is there and what is in it is for those who read it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlm2vec_jax import config as config_lib
+from vlm2vec_jax.config import LISTS, assign, field_types, flatten, names
+from vlm2vec_jax.errors import UserError
+
+CHOICES = {
+    "model.dtype": ("bfloat16", "float32"),
+    "adapter.type": ("lora", "dora", "none"),
+    "data.on_bad_example": ("error", "skip"),
+    "optim.schedule": ("linear", "cosine", "constant"),
+    "grad_cache": ("auto", "on", "off"),
+    "attention": ("auto", "xla", "cudnn", "splash"),
+    "remat": ("none", "dots", "full"),
+}
+"""The words that a field may hold."""
+
+_AT_LEAST = {
+    "adapter.rank": 1,
+    "data.max_examples_per_subset": 0,
+    "data.num_crops": 0,
+    "data.max_len": 0,
+    "data.workers": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_norm": 0,
+    "packing.row_tokens": 0,
+    "packing.chunk_tokens": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "batch_size": 2,
+    "steps": 1,
+    "seed": 0,
+    "log_every": 1,
+}
+MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+_ABOVE_ZERO = ("optim.lr", "optim.eps", "adapter.alpha", "temperature")
+_SHARES = ("adapter.dropout", "optim.beta1", "optim.beta2")
+_FILLED = ("model.path", "data.path", "data.split", "output")
+
+
+def problems(config: Any) -> list[str]:
+    """Every mistake in a configuration, a line each; sound values are settled in place.
+
+    Lists become comma lists, whole numbers in places of fractions become floats, and
+    `mesh.data` 0 becomes -1.
+
+    Args:
+      config: what a config file returned.
+
+    Returns:
+      The problems, empty if there are none.
+    """
+    if not isinstance(config, config_lib.Config):
+        return [
+            f"get_config() must return a vlm2vec_jax.config.Config, not {type(config).__name__}"
+        ]
+    found = _wrong_groups(config)
+    if found:
+        return found
+    mistyped = _wrong_types(config)
+    # Ranges are asked only of values that have the right type.
+    sound = {p: v for p, v in flatten(config).items() if p not in mistyped}
+    return list(mistyped.values()) + _wrong_values(sound) + _wrong_together(sound)
+
+
+def remarks(config: config_lib.Config) -> list[str]:
+    """What works but may not be meant, a line each, for the start-up page."""
+    found = []
+    if config.optim.warmup_steps >= config.steps:
+        found.append(
+            f"optim.warmup_steps ({config.optim.warmup_steps}) leaves no step of the "
+            f"{config.steps} at the full learning rate"
+        )
+    if config.adapter.type == "none" and config.model.dtype == "bfloat16":
+        found.append("every parameter is trained: float32 copies of all weights are kept")
+    return found
+
+
+def _wrong_groups(config: config_lib.Config) -> list[str]:
+    return [
+        f"{field.name} must be a {field.type.__name__}, not {getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config_lib.Config)
+        if isinstance(field.type, type)
+        and dataclasses.is_dataclass(field.type)
+        and not isinstance(getattr(config, field.name), field.type)
+    ]
+
+
+def _wrong_types(config: config_lib.Config) -> dict[str, str]:
+    problems: dict[str, str] = {}
+    words = {str: "a string", int: "a whole number", float: "a number", bool: "True or False"}
+    values = flatten(config)
+    for path, kind in field_types().items():
+        value = values[path]
+        try:
+            if path in LISTS:
+                value = ",".join(names(value))
+            elif path == "mesh.data" and value == 0 and kind is type(value):
+                value = -1
+            elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+        except UserError as error:
+            problems[path] = f"{path}: {error}"
+            continue
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            problems[path] = f"{path} must be {words[kind]}, not {value!r}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems[path] = f"{path} must be a finite number, not {value}"
+        else:
+            assign(config, path, value)
+    return problems
+
+
+def _wrong_values(values: Mapping[str, Any]) -> list[str]:
+    problems = [f"{p} is empty" for p in _FILLED if p in values and not values[p].strip()]
+    problems += [
+        f"{p} must be one of {', '.join(words)}, not {values[p]!r}"
+        for p, words in CHOICES.items()
+        if p in values and values[p] not in words
+    ]
+    problems += [
+        f"{p} must be at least {least}, not {values[p]}"
+        for p, least in _AT_LEAST.items()
+        if p in values and values[p] < least
+    ]
+    problems += [
+        f"{p} must be above 0, not {values[p]}"
+        for p in _ABOVE_ZERO
+        if p in values and values[p] <= 0
+    ]
+    problems += [
+        f"{p} must be at least 0 and below 1, not {values[p]}"
+        for p in _SHARES
+        if p in values and not 0 <= values[p] < 1
+    ]
+    problems += [
+        f"{p} must be at least 1, or -1 for the devices that are left, not {values[p]}"
+        for p in MESH
+        if p in values and values[p] < 1 and values[p] != -1
+    ]
+    return problems
+
+
+def _wrong_together(values: Mapping[str, Any]) -> list[str]:
+    """Problems between fields; those of a wrong type are absent from `values`."""
+    problems = []
+    get = values.get
+    free = [axis for axis in MESH if get(axis) == -1]
+    if len(free) > 1:
+        problems.append(f"only one of the mesh axes can be -1, not {' and '.join(free)}")
+    batch, data, fsdp = get("batch_size"), get("mesh.data"), get("mesh.fsdp")
+    if batch is not None and data is not None and fsdp is not None:
+        shards = max(data, 1) * max(fsdp, 1)  # an axis that is left open is settled later
+        if batch % shards:
+            problems.append(
+                f"batch_size ({batch}) is not divisible by the {shards} shards of "
+                f"mesh.data x mesh.fsdp"
+            )
+    row, chunk = get("packing.row_tokens", 0), get("packing.chunk_tokens", 0)
+    if row > 0 and chunk > 0 and chunk % row:
+        problems.append(
+            f"packing.chunk_tokens ({chunk}) is not a multiple of packing.row_tokens ({row})"
+        )
+    if 0 < row < get("data.max_len", 0):
+        problems.append(
+            f"packing.row_tokens ({row}) is less than data.max_len ({values['data.max_len']}): "
+            f"a full sequence would not fit in a row"
+        )
+    kind = get("adapter.type")
+    if kind in ("lora", "dora") and not get("adapter.targets", "?"):
+        problems.append(f"adapter.targets is empty, but adapter.type is {kind}")
+    if kind == "none" and get("model.adapter"):
+        problems.append(
+            "model.adapter is given, but adapter.type is none (every parameter): merge the "
+            "adapter first (python -m vlm2vec_jax.export --format merged) and train from that"
+        )
+    return problems

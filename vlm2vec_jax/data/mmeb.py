@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+# pyarrow.compute makes its functions at import, where a type checker cannot see them.
+# pyright: reportAttributeAccessIssue=false
+"""MMEB's rows: random access to training and evaluation examples of a data folder.
+
+Texts are kept verbatim, trailing newlines and spaces included; an empty string or a null means
+"absent". Rows are counted from 0 everywhere. `folders.py` says how a data folder is laid out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlm2vec_jax.data.arrow import ArrowTable, open_parquet_set
+from vlm2vec_jax.data.folders import (
+    EVAL_COLUMNS,
+    NEGATIVE_COLUMNS,
+    TRAIN_COLUMNS,
+    check_subset,
+    checked_subsets,
+    list_subsets,
+    unsafe_path,
+)
+from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.inputs import MultimodalInput
+
+__all__ = [
+    "EvalIndex",
+    "EvalRow",
+    "EvalSource",
+    "Key",
+    "TrainRow",
+    "TrainSource",
+    "list_subsets",
+    "open_eval",
+    "open_train",
+    "to_input",
+]
+
+Key = tuple[str, str]
+"""(text, image path as the data writes it): what an input is, for de-duplication."""
+
+
+class TrainRow(NamedTuple):
+    """A training example as the user wrote it; image paths are joined to the image root.
+
+    Attributes:
+      query: what is embedded on one side.
+      positive: what it should match.
+      negatives: hard negatives; empty where the data has none.
+      subset: name of the subset.
+      index: row in the subset's file, whatever rows of it are in use.
+      positive_key: the positive as (text, image path in the data).
+    """
+
+    query: MultimodalInput
+    positive: MultimodalInput
+    negatives: tuple[MultimodalInput, ...]
+    subset: str
+    index: int
+    positive_key: Key
+
+
+class EvalRow(NamedTuple):
+    """An evaluation query and its candidates as keys; candidate 0 is the truth."""
+
+    subset: str
+    index: int
+    query_key: Key
+    target_keys: tuple[Key, ...]
+
+
+class EvalIndex(NamedTuple):
+    """All inputs of a subset, each once, in order of first appearance.
+
+    Attributes:
+      queries: unique query keys.
+      query_of_row: int64 [rows], the query of each row.
+      targets: unique candidate keys.
+      target_of: int64 [candidates of all rows], the target of each candidate.
+      offsets: int64 [rows + 1]; the candidates of row i are `target_of[offsets[i]:offsets[i+1]]`.
+    """
+
+    queries: list[Key]
+    query_of_row: np.ndarray
+    targets: list[Key]
+    target_of: np.ndarray
+    offsets: np.ndarray
+
+
+def to_input(key: Key, image_root: str | os.PathLike) -> MultimodalInput:
+    """The input that a key stands for.
+
+    Raises:
+      UserError: if its image path leaves the image root.
+    """
+    text, path = key
+    if not path:
+        return MultimodalInput(text=text)
+    reason = unsafe_path(path)
+    if reason:
+        raise UserError(f"{path!r}: {reason}")
+    return MultimodalInput(text=text, images=(Path(image_root) / path,))
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _texts(value: object) -> list[str]:
+    if isinstance(value, list):
+        return [_text(v) for v in value]
+    return [_text(value)] if value else []
+
+
+class _Source:
+    """What both readers share: an Arrow table, and which of its rows are in use."""
+
+    def __init__(
+        self,
+        data: str | os.PathLike,
+        subset: str,
+        split: str,
+        image_root: str | os.PathLike | None,
+        limit: int | None,
+        required: Sequence[str],
+        optional: Sequence[str],
+        cache_dir: str | os.PathLike | None,
+    ):
+        if limit is not None and limit < 0:
+            raise UserError(f"the cap on examples per subset must not be negative, not {limit}")
+        self.data, self.subset, self.split = Path(data), subset, split
+        self.image_root = Path(image_root or data)
+        self.limit = limit or None
+        files = check_subset(self.data, subset, split, required)
+        columns = (*required, *optional)
+        self.table: ArrowTable = open_parquet_set(
+            files, columns, f"{subset}/{split}", data=self.data, cache_dir=cache_dir
+        )
+        count = len(self.table) if self.limit is None else min(self.limit, len(self.table))
+        self.rows: np.ndarray = np.arange(count, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.subset!r}, {self.split!r}, {len(self)} rows)"
+
+    def where(self, row: int) -> tuple[str, int]:
+        """The parquet file of a row of the subset, and its row in that file."""
+        return self.table.locate(int(row))
+
+    def at(self, row: int) -> str:
+        """The same in words, for messages."""
+        file, line = self.where(row)
+        return f"{file} row {line}"
+
+    def _check_types(self, strings: Sequence[str], lists: Sequence[str]) -> None:
+        problems = []
+        for names, want, expected in ((strings, pa.string(), "text"), (lists, None, "lists")):
+            for name in names:
+                kind = self.table.schema.field(name).type
+                if want is not None and kind != want or want is None and not pa.types.is_list(kind):
+                    problems.append(f"column {name} holds {kind}, not {expected}")
+        raise_problems(f"{self.data / self.subset}: split {self.split!r}", problems)
+
+
+class TrainSource(_Source):
+    """One subset of MMEB-train: `len`, `[i]` and `take`, safe in threads.
+
+    Attributes:
+      rows: int64, increasing; the rows of the file in use (`[i]` reads row `rows[i]`).
+      table: the memory-mapped columns.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike,
+        subset: str,
+        split: str = "original",
+        image_root: str | os.PathLike | None = None,
+        limit: int | None = None,
+        *,
+        cache_dir: str | os.PathLike | None = None,
+    ):
+        """Open a subset, converting its parquet files to Arrow the first time.
+
+        Args:
+          data: folder with one folder per subset.
+          subset: name of the folder.
+          split: `original`, `diverse_instruction`, or any other that is there.
+          image_root: what image paths are relative to; `data` if empty or None.
+          limit: use the first `limit` rows (VLM2Vec's cap per subset); None or 0 for all.
+          cache_dir: where to keep the converted file (`arrow.open_parquet_set`).
+
+        Raises:
+          UserError: anything missing, damaged or of an unexpected type, by name.
+        """
+        super().__init__(
+            data, subset, split, image_root, limit, TRAIN_COLUMNS, NEGATIVE_COLUMNS, cache_dir
+        )
+        self._check_types(TRAIN_COLUMNS, ())
+
+    def select(self, rows: np.ndarray) -> TrainSource:
+        """The same subset restricted to increasing rows of the file."""
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= len(self.table)):
+            raise ValueError("rows must be increasing and within the table")
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.rows = rows
+        return other
+
+    def __getitem__(self, i: int) -> TrainRow:
+        row = int(self.rows[i])
+        return self._build(row, self.table.row(row))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> list[TrainRow]:
+        """Many examples at once, in the order given."""
+        rows = self.rows[np.asarray(indices, np.int64)]
+        values = self.table.take(rows)
+        return [self._build(int(r), v) for r, v in zip(rows, values, strict=True)]
+
+    def _build(self, row: int, values: dict) -> TrainRow:
+        query = (_text(values["qry"]), _text(values["qry_image_path"]))
+        positive = (_text(values["pos_text"]), _text(values["pos_image_path"]))
+        texts, paths = (_texts(values.get(name)) for name in NEGATIVE_COLUMNS)
+        count = max(len(texts), len(paths))
+        texts, paths = texts or [""] * count, paths or [""] * count
+        if len(texts) != len(paths):
+            raise UserError(
+                f"{self.at(row)}: {len(texts)} negative texts but {len(paths)} negative images"
+            )
+        keys = [key for key in zip(texts, paths, strict=True) if any(key)]
+        try:
+            return TrainRow(
+                query=to_input(query, self.image_root),
+                positive=to_input(positive, self.image_root),
+                negatives=tuple(to_input(key, self.image_root) for key in keys),
+                subset=self.subset,
+                index=row,
+                positive_key=positive,
+            )
+        except UserError as error:
+            raise UserError(f"{self.at(row)}: {error}") from None
+
+
+class EvalSource(_Source):
+    """One subset of MMEB-eval: queries and their candidate lists as keys."""
+
+    def __init__(
+        self,
+        data: str | os.PathLike,
+        subset: str,
+        image_root: str | os.PathLike | None = None,
+        limit: int | None = None,
+        *,
+        split: str = "test",
+        cache_dir: str | os.PathLike | None = None,
+    ):
+        """Open a subset; see `TrainSource` for the arguments and errors."""
+        super().__init__(data, subset, split, image_root, limit, EVAL_COLUMNS, (), cache_dir)
+        self._check_types(EVAL_COLUMNS[:2], EVAL_COLUMNS[2:])
+
+    def __getitem__(self, i: int) -> EvalRow:
+        row = int(self.rows[i])
+        values = self.table.row(row)
+        texts, paths = _texts(values["tgt_text"]), _texts(values["tgt_img_path"])
+        if len(texts) != len(paths):
+            raise UserError(
+                f"{self.at(row)}: {len(texts)} candidate texts (tgt_text) but {len(paths)} "
+                f"candidate images (tgt_img_path)"
+            )
+        if not texts:
+            raise UserError(f"{self.at(row)}: empty candidate list (tgt_text)")
+        query = (_text(values["qry_text"]), _text(values["qry_img_path"]))
+        return EvalRow(self.subset, row, query, tuple(zip(texts, paths, strict=True)))
+
+    def unique_keys(self) -> EvalIndex:
+        """Every query and every candidate once, and which row uses which.
+
+        Raises:
+          UserError: for a candidate list that is empty or of unequal lengths.
+        """
+        queries: dict[Key, int] = {}
+        targets: dict[Key, int] = {}
+        query_of, target_of, counts = [], [], []
+        for rows, batch in self.table.scan(self.rows):
+            lengths = [list_lengths(batch.column(name)) for name in EVAL_COLUMNS[2:]]
+            bad = np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] == 0))
+            if bad.size:
+                self[int(np.searchsorted(self.rows, rows[bad[0]]))]  # raises, in words
+            query_text, query_path, text, path = (batch.column(name) for name in EVAL_COLUMNS)
+            query_of.append(_number_keys(query_text, query_path, queries))
+            target_of.append(_number_keys(text.flatten(), path.flatten(), targets))
+            counts.append(lengths[0])
+        none = [np.zeros(0, np.int64)]
+        return EvalIndex(
+            queries=list(queries),
+            query_of_row=np.concatenate(none + query_of),
+            targets=list(targets),
+            target_of=np.concatenate(none + target_of),
+            offsets=np.concatenate([[0], np.cumsum(np.concatenate(none + counts))]),
+        )
+
+
+def list_lengths(lists: pa.Array) -> np.ndarray:
+    """Lengths of a list column, int64 [rows]; an absent list has length 0."""
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
+
+
+def _number_keys(texts: pa.Array, paths: pa.Array, known: dict[Key, int]) -> np.ndarray:
+    """Number (text, path) pairs in order of first appearance, adding new ones to `known`."""
+    coded = [pc.fill_null(column, "").dictionary_encode() for column in (texts, paths)]
+    codes = [column.indices.to_numpy().astype(np.int64) for column in coded]
+    words = [column.dictionary.to_pylist() for column in coded]
+    width = max(1, len(words[1]))
+    pairs, first, inverse = np.unique(
+        codes[0] * width + codes[1], return_index=True, return_inverse=True
+    )
+    numbers = np.empty(len(pairs), np.int64)
+    for k in np.argsort(first, kind="stable"):
+        key = (words[0][pairs[k] // width], words[1][pairs[k] % width])
+        numbers[k] = known.setdefault(key, len(known))
+    return numbers[inverse.reshape(-1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """Sources opened one after the other, their errors collected."""
+
+    sources: list
+    problems: list[str]
+
+    def add(self, open_one) -> None:
+        try:
+            self.sources.append(open_one())
+        except UserError as error:
+            self.problems.append(str(error))
+
+
+def open_train(
+    data: str | os.PathLike,
+    subsets: Sequence[str] = (),
+    split: str = "original",
+    *,
+    image_root: str | os.PathLike | None = None,
+    limit: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[TrainSource]:
+    """Open several subsets of MMEB-train (all that have the split if none are named).
+
+    Raises:
+      UserError: one message with everything wrong with any of them.
+    """
+    names = checked_subsets(data, subsets, split, TRAIN_COLUMNS)
+    opened = _Opened([], [])
+    for name in names:
+        opened.add(
+            lambda name=name: TrainSource(data, name, split, image_root, limit, cache_dir=cache_dir)
+        )
+    raise_problems(f"Cannot read split {split!r} of {data}", opened.problems)
+    return opened.sources
+
+
+def open_eval(
+    data: str | os.PathLike,
+    subsets: Sequence[str] = (),
+    *,
+    split: str = "test",
+    image_root: str | os.PathLike | None = None,
+    limit: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[EvalSource]:
+    """Open several subsets of MMEB-eval (all that have the split if none are named).
+
+    Raises:
+      UserError: one message with everything wrong with any of them.
+    """
+    names = checked_subsets(data, subsets, split, EVAL_COLUMNS)
+    opened = _Opened([], [])
+    for name in names:
+        opened.add(
+            lambda name=name: EvalSource(
+                data, name, image_root, limit, split=split, cache_dir=cache_dir
+            )
+        )
+    raise_problems(f"Cannot read split {split!r} of {data}", opened.problems)
+    return opened.sources

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring a model on MMEB's 36 datasets, or on subsets of the same layout.
+
+`mmeb` is the benchmark as a table, `scoring` decides on the device which rows are right, `store`
+keeps embeddings and results with fingerprints, `tables` makes averages and tables, `run` is the
+evaluation itself, `report` and `html` draw it as one offline page.
+"""

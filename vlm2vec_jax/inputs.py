@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a piece of data is before packing: as the user wrote it, and as a backbone reads it.
+
+Numpy only; the road from here on is `packing.py` and then the model (design, section 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm2vec_jax.errors import UserError
+
+ImageLike = Image.Image | str | os.PathLike
+"""An image in memory, or the path of one."""
+
+IMAGE_MARKER = re.compile(r"<\|image_(\d+)\|>")
+"""Where the k-th image stands in a text, as VLM2Vec's data writes it: `<|image_k|>`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MultimodalInput:
+    """One thing to embed: a text with `<|image_1|>` ... `<|image_n|>` markers, and n images.
+
+    An input without text gets one marker per image, so that an image alone can be embedded.
+    """
+
+    text: str = ""
+    images: tuple[ImageLike, ...] = ()
+
+    def __post_init__(self):
+        if not self.text and self.images:
+            markers = "".join(f"<|image_{k}|>" for k in range(1, len(self.images) + 1))
+            object.__setattr__(self, "text", markers)
+
+    @classmethod
+    def of(cls, value: Any) -> MultimodalInput:
+        """Read what a user hands over.
+
+        Args:
+          value: a `MultimodalInput`; a `str` (always text, never sniffed for a path); a
+            `pathlib.Path` or a PIL image (an image alone); or a mapping with `text` and/or
+            `images` (or `image`), one image or a sequence of them.
+
+        Raises:
+          UserError: for any other type, an unknown key, or a field of the wrong type.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(text=value)
+        if isinstance(value, (Image.Image, os.PathLike)):
+            return cls(images=(value,))
+        if isinstance(value, Mapping):
+            return cls._of_mapping(value)
+        raise UserError(
+            f"an input must be a str, an image, a pathlib.Path, a dict with 'text' and/or "
+            f"'images', or a MultimodalInput, not {type(value).__name__}"
+        )
+
+    @classmethod
+    def _of_mapping(cls, value: Mapping[str, Any]) -> MultimodalInput:
+        unknown = sorted(set(value) - {"text", "images", "image"})
+        if unknown:
+            raise UserError(f"unknown key(s) {unknown} in an input; known are 'text' and 'images'")
+        if "image" in value and "images" in value:
+            raise UserError("an input has both 'image' and 'images'; give one of them")
+        text = value.get("text")
+        text = "" if text is None else text
+        if not isinstance(text, str):
+            raise UserError(f"'text' must be a string, not {type(text).__name__}")
+        images = value.get("images", value.get("image"))
+        if images is None:
+            images = ()
+        elif isinstance(images, (str, os.PathLike, Image.Image)):
+            images = (images,)
+        elif not isinstance(images, Sequence):
+            raise UserError(f"'images' must be a list of images, not {type(images).__name__}")
+        for image in images:
+            if not isinstance(image, (str, os.PathLike, Image.Image)) or image == "":
+                raise UserError(f"an image must be a path or a PIL image, not {image!r:.60}")
+        return cls(text=text, images=tuple(images))
+
+    def relative_to(self, root: str | os.PathLike) -> MultimodalInput:
+        """The same input with relative image paths joined to `root`."""
+        images = tuple(i if isinstance(i, Image.Image) else Path(root) / i for i in self.images)
+        return dataclasses.replace(self, images=images)
+
+    def problem(self) -> str | None:
+        """Say in words why this input cannot be embedded as it stands; None if it can.
+
+        An input with neither text nor image, and markers that do not name the images 1..n.
+        A marker may stand more than once only if the counts still agree: they must not.
+        """
+        if not self.text and not self.images:
+            return "neither text nor image"
+        numbers = [int(k) for k in IMAGE_MARKER.findall(self.text)]
+        n = len(self.images)
+        if sorted(numbers) != list(range(1, n + 1)):
+            found = ", ".join(f"<|image_{k}|>" for k in numbers) or "none"
+            return (
+                f"{n} image(s) but markers {found}; the text needs each of "
+                f"<|image_1|> ... <|image_n|> exactly once"
+            )
+        return None
+
+
+@dataclasses.dataclass
+class EncodedInput:
+    """One sequence as a backbone reads it (host side).
+
+    Attributes:
+      tokens: i32 [T]; 0 where a visual feature stands.
+      feature_index: i32 [T]; -1 for a text token, otherwise the row of the visual feature
+        table that stands there, units counted from 0 within this sequence (`VisualLayout`).
+      positions: i32 [T].
+      visual: arrays with a leading axis of visual units (crops); empty for a text.
+      units: how many visual units.
+    """
+
+    tokens: np.ndarray
+    feature_index: np.ndarray
+    positions: np.ndarray
+    visual: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    units: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualLayout:
+    """How a row's visual feature table is laid out, so that the packer can shift indices.
+
+    The table of a row is `shared_features` rows that every sequence shares (Phi-3.5-V: newline,
+    separator), then `features_per_unit` rows for each visual unit in order.
+
+    Attributes:
+      shared_features: rows before the first unit.
+      features_per_unit: rows per unit (Phi-3.5-V: 144 per crop of 336 pixels).
+      units: for each visual array its shape behind the unit axis and its numpy dtype name.
+    """
+
+    shared_features: int
+    features_per_unit: int
+    units: dict[str, tuple[tuple[int, ...], str]]

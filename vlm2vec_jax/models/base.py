@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backbone is: the parts that everything outside of its folder asks it for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from vlm2vec_jax.inputs import EncodedInput, MultimodalInput, VisualLayout
+from vlm2vec_jax.weights.rules import Table
+
+
+class Processor(Protocol):
+    """From what the user wrote to what the model reads (host side, thread-safe, no jax)."""
+
+    @property
+    def visual_layout(self) -> VisualLayout:
+        """How a row's visual feature table is laid out."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes an encoding, JSON-able, for fingerprints."""
+        ...
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Identity of the tokenizer."""
+        ...
+
+    def length(self, item: MultimodalInput) -> tuple[int, int]:
+        """Tokens and visual units of an input, without decoding pixels."""
+        ...
+
+    def encode(self, item: MultimodalInput) -> EncodedInput:
+        """Encode one input."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """One vision-language model family.
+
+    Attributes:
+      name: HF's `model_type`.
+      read_config: HF folder -> configuration (frozen dataclass).
+      build: (configuration, rngs) -> nnx module with `model(batch, compute, key=...)`.
+      table: configuration -> HF names of all leaves.
+      processor: (folder, configuration, num_crops or None, max_len or None) -> Processor.
+      sharding: (path pattern, PartitionSpec) rules for `parallel.sharding`.
+      unused: pattern of leaves that never influence an embedding: never trained.
+      width: configuration -> D.
+      max_tokens: configuration -> longest sequence that the positions allow.
+    """
+
+    name: str
+    read_config: Callable[[Path], Any]
+    build: Callable[..., Any]
+    table: Callable[[Any], Table]
+    processor: Callable[..., Processor]
+    sharding: list[tuple[str, Any]]
+    unused: str
+    width: Callable[[Any], int]
+    max_tokens: Callable[[Any], int]
+
+    def is_unused(self, path: str) -> bool:
+        """Whether a leaf cannot influence an embedding."""
+        return re.fullmatch(self.unused, path) is not None

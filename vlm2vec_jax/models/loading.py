@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model in memory: built abstractly, filled from a checkpoint, adapted, split for training.
+
+Modules are nnx modules used as plain pytrees; leaves are named by path (`decoder/norm/scale`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlm2vec_jax.models.base import Backbone
+from vlm2vec_jax.models.registry import backbone_of
+from vlm2vec_jax.nn.linear import linears
+from vlm2vec_jax.parallel import sharding
+from vlm2vec_jax.weights.adapter_config import AdaptedLinear
+from vlm2vec_jax.weights.load import load as load_leaves
+from vlm2vec_jax.weights.safetensors import Checkpoint
+
+
+@dataclasses.dataclass
+class Model:
+    """A model with what is needed to use it.
+
+    Attributes:
+      backbone: its family.
+      config: the family's configuration.
+      folder: the HF folder that it came from.
+      module: nnx module; called as `module(batch, compute, key=...)`.
+    """
+
+    backbone: Backbone
+    config: Any
+    folder: Path
+    module: Any
+
+    @property
+    def table(self):
+        """HF names of the leaves."""
+        return self.backbone.table(self.config)
+
+
+def abstract_model(folder: str | Path) -> Model:
+    """The model of a folder as shapes only: no weights are read, no memory is taken."""
+    backbone = backbone_of(folder)
+    config = backbone.read_config(Path(folder))
+    module = nnx.eval_shape(lambda: backbone.build(config, rngs=nnx.Rngs(0)))
+    return Model(backbone, config, Path(folder), module)
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype_of: Callable[[str], Any],
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
+    """Read a model folder's weights straight into (sharded) device arrays.
+
+    Args:
+      folder: a local HF folder.
+      dtype_of: leaf path -> dtype to hold it in.
+      mesh: spread the leaves by the backbone's rules; None puts them on the first device.
+
+    Raises:
+      UserError: for whatever is wrong with the folder, everything of a kind in one message.
+    """
+    model = abstract_model(folder)
+    flat = flatten(model.module)
+    placed = sharding.shardings(flat, mesh, model.backbone.sharding) if mesh is not None else {}
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype_of(path), sharding=placed.get(path))
+        for path, leaf in flat.items()
+    }
+    with Checkpoint(Path(folder)) as checkpoint:
+        model.module = fill(model.module, load_leaves(checkpoint, model.table, abstract))
+    return model
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves of a module or a State by path."""
+    state = tree if isinstance(tree, nnx.State) else nnx.state(tree)
+    # Through the tree, because a Variable that holds a shape cannot be indexed.
+    pairs = nnx.to_flat_state(state)
+    return {"/".join(map(str, path)): jax.tree.leaves(leaf)[0] for path, leaf in pairs}
+
+
+def fill(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """The module or State with other leaves; the paths must be the same."""
+    if not isinstance(tree, nnx.State):
+        graphdef, state = nnx.split(tree)
+        return nnx.merge(graphdef, fill(state, leaves))
+    old = nnx.to_flat_state(tree)
+    paths = {"/".join(map(str, path)) for path, _ in old}
+    if paths != set(leaves):
+        raise ValueError(f"paths differ: {sorted(paths ^ set(leaves))[:5]}")
+    new = [(path, leaf.replace(leaves["/".join(map(str, path))])) for path, leaf in old]
+    return nnx.from_flat_state(new)
+
+
+def add_adapter(
+    module: Any,
+    adapted: Mapping[str, AdaptedLinear],
+    *,
+    dora: bool,
+    dropout: float,
+    seed: int = 0,
+    tensors: Mapping[str, Any] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> None:
+    """Put adapters on linear layers, in place.
+
+    Args:
+      module: the model; works on shapes (inside `nnx.eval_shape`), too.
+      adapted: linear path -> rank and scaling.
+      dora: with magnitudes.
+      dropout: of the adapter's input, in training.
+      seed: of new adapters; each layer draws from its own path, so targets do not disturb
+        each other.
+      tensors: leaves of a trained adapter by path; None makes new ones.
+      mesh: adapters are whole on every chip of it.
+    """
+    place = None
+    if mesh is not None:
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    layers = linears(module)
+    for path, spec in adapted.items():
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+        # Under jit, so that no float32 copy of the kernel is ever written.
+        make = jax.jit(_new_adapter, static_argnums=(2, 3), out_shardings=place)
+        leaves = make(layers[path].kernel[...], key, spec.rank, dora)
+        if tensors is not None:
+            leaves = {name: jnp.asarray(tensors[f"{path}/{name}"]) for name in leaves}
+            leaves = jax.device_put(leaves, place) if place is not None else leaves
+        layers[path].set_adapter(leaves, scale=spec.scaling, dropout=dropout)
+
+
+def _new_adapter(kernel: jax.Array, key: jax.Array, rank: int, dora: bool) -> dict[str, jax.Array]:
+    """A normal with deviation 1/r (PEFT's gaussian), B zero, magnitudes the norms of W."""
+    *stack, din, dout = kernel.shape
+    leaves = {
+        "lora_a": jax.random.normal(key, (*stack, din, rank), jnp.float32) / rank,
+        "lora_b": jnp.zeros((*stack, rank, dout), jnp.float32),
+    }
+    if dora:
+        wide = kernel.astype(jnp.float32)
+        leaves["magnitude"] = jnp.sqrt(jnp.sum(wide * wide, axis=-2))
+    return leaves
+
+
+def split_trainable(model: Model, *, full: bool) -> tuple[Any, nnx.State, nnx.State]:
+    """(graphdef, trained leaves, frozen leaves).
+
+    Args:
+      model: adapted or not.
+      full: train every leaf that influences an embedding; otherwise the adapters on such leaves.
+    """
+
+    def trained(path, variable) -> bool:
+        name = "/".join(map(str, path))
+        if not isinstance(variable, nnx.Param if full else nnx.LoRAParam):
+            return False
+        return not model.backbone.is_unused(name)
+
+    return nnx.split(model.module, trained, ...)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The name table of Phi-3.5-Vision: `Phi3VForCausalLM`'s tensors and the leaves of our model.
+
+The CLIP stack is split at the feature layer: layers that run are stacked in `vision/clip/layers`,
+those behind it (one in the published model) in `vision/clip/unused_layers`, so that they keep
+their place in a checkpoint without costing a step. The last decoder layer, which runs for pooled
+tokens only, is a stack of one in `decoder/last`.
+"""
+
+from __future__ import annotations
+
+from vlm2vec_jax.models.phi3v.config import Phi3VConfig
+from vlm2vec_jax.weights.rules import Alias, Rule, Skip, Table
+
+TRANSPOSED = (1, 0)
+"""Linear: HF [out, in] to ours [in, out]."""
+CONVOLUTION = (2, 3, 1, 0)
+"""Convolution: HF [out, in, kh, kw] to ours [kh, kw, in, out]."""
+
+_VISION = "model.vision_embed_tokens"
+_CLIP = f"{_VISION}.img_processor.vision_model"
+
+
+def table(config: Phi3VConfig) -> Table:
+    """Build the name table for a configuration (sizes do not matter, layer counts and ties do)."""
+    rules = [Rule("model.embed_tokens.weight", "embed/table")]
+    rules += _decoder(config.num_layers)
+    rules.append(Rule("model.norm.weight", "decoder/norm/scale"))
+    rules.append(
+        Rule(
+            "lm_head.weight",
+            "lm_head/kernel",
+            permute=TRANSPOSED,
+            tied_to="model.embed_tokens.weight" if config.tie_word_embeddings else None,
+        )
+    )
+    rules += _clip(config.clip_layers_used, config.clip.num_hidden_layers)
+    for hf, ours in (("img_projection.0", "fc1"), ("img_projection.2", "fc2")):
+        rules += _linear(f"{_VISION}.{hf}", f"vision/projector/{ours}")
+    rules.append(Rule(f"{_VISION}.sub_GN", "vision/newline", lead_ones=3))
+    rules.append(Rule(f"{_VISION}.glb_GN", "vision/separator", lead_ones=2))
+    return Table(
+        rules=tuple(rules),
+        # The image embedding holds a reference to the word embedding; some saves write it twice.
+        aliases=(Alias(f"{_VISION}.wte.weight", of="model.embed_tokens.weight"),),
+        skips=(
+            Skip(r".*\.rotary_emb\.inv_freq", "rotary frequencies follow from the configuration"),
+            Skip(r".*\.embeddings\.position_ids", "a counting buffer of the CLIP tower"),
+        ),
+        renames=((r"^encoder\.(?=model\.|lm_head\.)", ""),),
+        heads=("lm_head",),
+    )
+
+
+def _decoder(layers: int) -> list[Rule]:
+    parts: list[tuple[str, str, tuple[int, ...] | None]] = [
+        ("input_layernorm", "input_norm/scale", None),
+        ("self_attn.qkv_proj", "attn/qkv/kernel", TRANSPOSED),
+        ("self_attn.o_proj", "attn/out/kernel", TRANSPOSED),
+        ("post_attention_layernorm", "post_norm/scale", None),
+        ("mlp.gate_up_proj", "mlp/gate_up/kernel", TRANSPOSED),
+        ("mlp.down_proj", "mlp/down/kernel", TRANSPOSED),
+    ]
+    spans = [("layers", (0, layers - 1))] * (layers > 1) + [("last", (layers - 1, layers))]
+    return [
+        Rule(f"model.layers.{{l}}.{hf}.weight", f"decoder/{name}/{ours}", permute, span)
+        for name, span in spans
+        for hf, ours, permute in parts
+    ]
+
+
+def _clip(used: int, layers: int) -> list[Rule]:
+    ours = "vision/clip"
+    rules = [
+        Rule(f"{_CLIP}.embeddings.class_embedding", f"{ours}/class_embedding"),
+        Rule(f"{_CLIP}.embeddings.patch_embedding.weight", f"{ours}/patch/kernel", CONVOLUTION),
+        Rule(f"{_CLIP}.embeddings.position_embedding.weight", f"{ours}/position_embedding"),
+        # The missing letter is Hugging Face's.
+        *_norm(f"{_CLIP}.pre_layrnorm", f"{ours}/pre_norm"),
+    ]
+    spans = [("layers", (0, used))] + [("unused_layers", (used, layers))] * (used < layers)
+    for name, span in spans:
+        hf = f"{_CLIP}.encoder.layers.{{l}}"
+        rules += _norm(f"{hf}.layer_norm1", f"{ours}/{name}/norm1", span)
+        for part in ("q", "k", "v", "out"):
+            rules += _linear(f"{hf}.self_attn.{part}_proj", f"{ours}/{name}/attn/{part}", span)
+        rules += _norm(f"{hf}.layer_norm2", f"{ours}/{name}/norm2", span)
+        for part in ("fc1", "fc2"):
+            rules += _linear(f"{hf}.mlp.{part}", f"{ours}/{name}/mlp/{part}", span)
+    return rules + _norm(f"{_CLIP}.post_layernorm", f"{ours}/post_norm")
+
+
+def _norm(hf: str, ours: str, layers: tuple[int, int] | None = None) -> list[Rule]:
+    return [
+        Rule(f"{hf}.weight", f"{ours}/scale", layers=layers),
+        Rule(f"{hf}.bias", f"{ours}/bias", layers=layers),
+    ]
+
+
+def _linear(hf: str, ours: str, layers: tuple[int, int] | None = None) -> list[Rule]:
+    return [
+        Rule(f"{hf}.weight", f"{ours}/kernel", TRANSPOSED, layers),
+        Rule(f"{hf}.bias", f"{ours}/bias", layers=layers),
+    ]

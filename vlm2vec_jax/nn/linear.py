@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers with LoRA and DoRA as fields, and DoRA's norms.
+
+Kernels are [in, out]; a stack of layers leads every leaf with L. Adapters are float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class DoraNorm(nnx.Variable):
+    """Column norms of W + s A B: recomputed once per step, never trained, never saved."""
+
+
+class Linear(nnx.Module):
+    """y = x W + b, adapted or not.
+
+    LoRA: y = x W + s x' A B + b. DoRA (m magnitude, n norm, both per output; PEFT 0.11's form,
+    `LoraLayer` with `use_dora`): y = x W + (m/n - 1) x' W + (m/n) s x' A B + b, where n is a
+    constant in the backward pass. x' is x with dropout; without dropout both products with W
+    are one.
+    """
+
+    def __init__(self, din: int, dout: int, *, bias: bool, rngs: nnx.Rngs):
+        scale = din**-0.5
+        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (din, dout)))
+        self.bias = nnx.Param(jnp.zeros((dout,))) if bias else None
+        # `nnx.data` because an adapter may come later.
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
+        self.magnitude: nnx.LoRAParam | None = nnx.data(None)
+        self.column_norm: DoraNorm | None = nnx.data(None)
+        self.lora_scale = 0.0
+        self.lora_dropout = 0.0
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Apply to x [..., in]; `key` turns the adapter's dropout on."""
+        kernel = self.kernel[...].astype(x.dtype)
+        y = x @ kernel
+        if self.lora_a is not None:
+            y = self._adapt(x, y, kernel, key)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)
+        return y
+
+    def _adapt(self, x, y, kernel, key):
+        dropped = x
+        drops = key is not None and self.lora_dropout > 0
+        if drops:
+            keep = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)
+            dropped = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
+        low = (dropped @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+        low = self.lora_scale * low
+        if self.magnitude is None:
+            return y + low
+        norm = self.column_norm[...] if self.column_norm is not None else self.dora_norm()
+        gain = (self.magnitude[...] / norm).astype(y.dtype)
+        if drops:
+            return y + (gain - 1) * (dropped @ kernel) + gain * low
+        return gain * (y + low)
+
+    def dora_norm(self) -> jax.Array:
+        """Norm [..., out] of the columns of W + s A B, float32, constant for the gradient.
+
+        By the low-rank identity |W|^2 + 2 s <W, A B> + s^2 |A B|^2, all per column: the only
+        product with W is of rank r, and nothing of W's size is written.
+        """
+        exact = jax.lax.Precision.HIGHEST
+        w = self.kernel[...].astype(jnp.float32)
+        a = self.lora_a[...].astype(jnp.float32)
+        b = self.lora_b[...].astype(jnp.float32)
+        own = jnp.sum(w * w, axis=-2)
+        cross = jnp.sum(jnp.matmul(a.swapaxes(-1, -2), w, precision=exact) * b, axis=-2)
+        gram = jnp.matmul(a.swapaxes(-1, -2), a, precision=exact)
+        low = jnp.sum(jnp.matmul(gram, b, precision=exact) * b, axis=-2)
+        squared = own + 2 * self.lora_scale * cross + self.lora_scale**2 * low
+        # Rounding may leave a tiny negative number where W + s A B vanishes.
+        return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squared, 0.0)))
+
+    def set_adapter(self, leaves: dict[str, jax.Array], *, scale: float, dropout: float) -> None:
+        """Put an adapter on, in place of any before.
+
+        Args:
+          leaves: `lora_a` [..., in, r], `lora_b` [..., r, out] and, for DoRA, `magnitude`
+            [..., out]; float32.
+          scale: s, as alpha / r.
+          dropout: share of the adapter's input that is dropped in training.
+        """
+        self.lora_a = nnx.LoRAParam(leaves["lora_a"])
+        self.lora_b = nnx.LoRAParam(leaves["lora_b"])
+        magnitude = leaves.get("magnitude")
+        self.magnitude = None if magnitude is None else nnx.LoRAParam(magnitude)
+        self.lora_scale, self.lora_dropout = scale, dropout
+
+
+def linears(model: nnx.Module) -> dict[str, Linear]:
+    """All `Linear` modules of a model by path, such as `decoder/layers/attn/qkv`."""
+    return {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear)
+    }
+
+
+def refresh_dora_norms(model: nnx.Module) -> None:
+    """Compute every DoRA norm from the weights as they are now and keep it on the module.
+
+    Called once per step, outside the chunk loop: the norm depends on weights alone.
+    """
+    for module in linears(model).values():
+        if module.magnitude is not None:
+            module.column_norm = DoraNorm(module.dora_norm())

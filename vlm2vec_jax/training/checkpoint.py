@@ -1,0 +1,490 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: saved in the background, kept N at a time, verified when read.
+
+A thin layer over orbax's `CheckpointManager`. What it adds: a checksum of every array, so that a
+damaged checkpoint is recognised whatever damaged it and the one before it is used; failures to
+save that are reported and leave the good checkpoints alone; and errors in words when the folder
+belongs to another run. Only arrays (orbax) and JSON are stored, nothing that runs code.
+
+A checkpoint is `<folder>/<step>/{state, meta}`, written under another name and renamed when it is
+complete. `meta` holds the caller's dictionary and, per array, shape, dtype and checksum.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from vlm2vec_jax.errors import UserError, raise_problems
+
+FORMAT = "vlm2vec_jax checkpoint 1"
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
+_LOG = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager, or call `close`.
+
+    Args:
+      folder: made if missing; holds nothing but checkpoints.
+      keep: how many to keep, newest first; None keeps all.
+      every: `save` writes when the step is a multiple of it; 0 writes only when forced.
+      read_only: for readers of a run that may still be training: nothing is written, moved
+        aside or tidied up.
+      report: gets one sentence per incident (a damaged checkpoint, a save that failed); by
+        default the log, as a warning.
+
+    Raises:
+      UserError: if `folder` is not a folder, holds other things than checkpoints, or (read-only)
+        does not exist.
+    """
+
+    # After so many saves in a row that failed the run stops rather than train for nothing.
+    FAILURES_BORNE = 3
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        keep: int | None = 2,
+        every: int = 0,
+        *,
+        read_only: bool = False,
+        report: Callable[[str], None] | None = None,
+    ):
+        if (keep is not None and keep < 1) or every < 0:
+            raise UserError(f"checkpoint.keep ({keep}) must be at least 1, every ({every}) 0")
+        self.folder = Path(os.path.abspath(folder))
+        self.every = every
+        self._keep = keep
+        self._read_only = read_only
+        self._report = report or _LOG.warning
+        self._saving: int | None = None  # the step whose save has not been confirmed yet
+        self._failures: list[str] = []  # in a row, up to now
+        _check_folder(self.folder, read_only)
+        logging.getLogger("absl").addFilter(_quiet_orbax)  # added once, however often asked
+        self._manager = self._open()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # While another error is on its way, a save that failed is reported but not raised.
+        self.close(quiet=kind is not None)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, oldest first."""
+        return sorted(int(e.name) for e in self.folder.iterdir() if e.name.isdigit() and e.is_dir())
+
+    def is_due(self, step: int) -> bool:
+        """Whether `save` without `force` would write at this step."""
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
+        """Start to write a checkpoint; returns as soon as the arrays are copied.
+
+        The arrays may be donated or changed afterwards. A save still running is waited for first;
+        if it failed that is reported here, and training goes on to try again.
+
+        Args:
+          step: updates made so far.
+          state: pytree of jax arrays (any sharding; typed random keys allowed).
+          meta: json-able: fingerprints of configuration and mixture, adapter, temperature, ...
+          force: write although the step is not due (the last step of a run).
+
+        Returns:
+          Whether a save was started.
+
+        Raises:
+          UserError: after `FAILURES_BORNE` saves in a row that failed.
+        """
+        if self._read_only:
+            raise ValueError("these checkpoints were opened read-only")
+        if not (force or self.is_due(step)):
+            return False
+        self._confirm()
+        if step in self.steps():
+            return False
+        document = {"format": FORMAT, "step": step, "meta": dict(meta), "arrays": digest(state)}
+        self._saving = step
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document)
+                ),
+                force=True,
+            )
+        except Exception as error:  # orbax and tensorstore raise many kinds, none in common
+            self._failed(error)
+            return False
+        return True
+
+    def wait(self) -> None:
+        """Block until nothing is being written.
+
+        Raises:
+          UserError: if the last save failed: the newest checkpoint is older than it should be.
+        """
+        self._confirm()
+        if self._failures:
+            raise UserError(
+                f"the last checkpoint could not be written: {self._failures[-1]}\n"
+                + self._what_is_left()
+            )
+
+    def close(self, *, quiet: bool = False) -> None:
+        """Wait and release. Raises as `wait` does, unless `quiet`."""
+        try:
+            self.wait()
+        except UserError as error:
+            if not quiet:
+                raise
+            _LOG.debug("not raised, as another error is on its way: %s", error)
+        finally:
+            self._shut()
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any] | None:
+        """The caller's dictionary of a checkpoint, without reading any array.
+
+        Args:
+          step: by default the newest one whose meta can be read.
+
+        Returns:
+          None if there is no such checkpoint or its meta is damaged.
+        """
+        for candidate in [step] if step is not None else reversed(self.steps()):
+            try:
+                return self._document(candidate)["meta"]
+            except _Damaged:
+                continue
+        return None
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """Read one checkpoint; see `restore_latest`.
+
+        Raises:
+          UserError: if it does not exist, is damaged, or holds other arrays than asked for.
+        """
+        try:
+            return self._read(step, abstract)
+        except _Damaged as error:
+            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}") from error
+
+    def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole.
+
+        A damaged one is reported and, unless read-only, moved aside to `damaged-<step>` so that
+        the run can write that step again.
+
+        Args:
+          abstract: the state as `jax.ShapeDtypeStruct(shape, dtype, sharding=...)` leaves, or as
+            arrays; shardings may belong to another mesh than the one that saved.
+
+        Returns:
+          (step, state, meta), or None if the folder holds no checkpoint at all.
+
+        Raises:
+          UserError: if there are checkpoints but none is whole, or the newest whole one holds
+            other arrays than asked for (another model or adapter).
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                state, meta = self._read(step, abstract)
+            except _Damaged as error:
+                damaged.append((step, f"step {step}: {error}"))
+                self._report(f"checkpoint {self.folder / str(step)} is damaged ({error})")
+                continue
+            for bad, _ in damaged:
+                self._move_aside(bad)
+            if damaged:
+                self._report(f"the checkpoint of step {step} is whole and is used instead")
+            return step, state, meta
+        raise_problems(
+            f"no checkpoint in {self.folder} can be read",
+            [line for _, line in damaged],
+            advice="Choose another output folder to start afresh, or bring back a good copy.",
+        )
+        return None
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=0 if self._read_only else 1,  # `is_due` decides
+            max_to_keep=None if self._read_only else self._keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            create=not self._read_only,
+        )
+        return ocp.CheckpointManager(
+            self.folder,
+            options=options,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def _shut(self) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:  # the failure itself was reported before
+            _LOG.debug("closing the checkpoint manager: %s", error)
+
+    def _confirm(self) -> None:
+        """Wait for the save under way, if any, and note how it ended."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # any failure of a background write
+            self._failed(error)
+            return
+        if self._saving not in self.steps():
+            self._failed(FileNotFoundError("it is not there after the save"))
+            return
+        self._saving = None
+        self._failures.clear()
+
+    def _failed(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        sentence = f"step {step}: {_words(error)}"
+        self._failures.append(sentence)
+        # After an error orbax has already forgotten the checkpoints it meant to delete, and keeps
+        # the unfinished folder: a new manager reads the truth from disk and tidies up.
+        self._shut()
+        self._manager = self._open()
+        self._report(f"saving a checkpoint failed, {sentence}; {self._what_is_left()}")
+        if len(self._failures) >= self.FAILURES_BORNE:
+            raise UserError(
+                f"{len(self._failures)} saves in a row failed in {self.folder}:\n"
+                + "\n".join(f"  - {line}" for line in self._failures)
+                + f"\n{self._what_is_left()}"
+            )
+
+    def _what_is_left(self) -> str:
+        steps = self.steps()
+        if not steps:
+            return f"there is no earlier checkpoint in {self.folder}."
+        return f"the checkpoint of step {steps[-1]} in {self.folder} is untouched."
+
+    def _document(self, step: int) -> dict[str, Any]:
+        """The stored meta document; read directly, so that it needs no arrays and no devices."""
+        path = self.folder / str(step) / "meta" / "metadata"
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _Damaged(f"its meta file cannot be read: {_words(error)}") from error
+        if not isinstance(document, dict) or "arrays" not in document:
+            raise _Damaged("its meta file is not one of ours")
+        if document.get("format") != FORMAT:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} has the format "
+                f"{document.get('format')!r}; this version reads {FORMAT!r}"
+            )
+        if document.get("step") != step:
+            raise _Damaged(f"it is a copy of the checkpoint of step {document.get('step')}")
+        return document
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        if step not in self.steps():
+            raise UserError(f"there is no checkpoint of step {step} in {self.folder}")
+        document = self._document(step)
+        abstract = jax.tree.map(_as_abstract, abstract)
+        _check_same_arrays(document["arrays"], abstract, self.folder / str(step))
+        try:
+            state = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )["state"]
+            found = digest(state)
+        except Exception as error:  # whatever a truncated or missing file leads to
+            raise _Damaged(f"its arrays cannot be read: {_words(error)}") from error
+        wrong = [
+            path for path, entry in found.items() if entry["sum"] != document["arrays"][path]["sum"]
+        ]
+        if wrong:
+            raise _Damaged(
+                f"{len(wrong)} of {len(found)} arrays have other contents than were saved, "
+                f"the first is {wrong[0]}"
+            )
+        return state, document["meta"]
+
+    def _move_aside(self, step: int) -> None:
+        if self._read_only:
+            return
+        source = self.folder / str(step)
+        target = self.folder / f"damaged-{step}"
+        if target.exists():
+            target = self.folder / f"damaged-{step}-{int(time.time())}"
+        if jax.process_index() == 0:
+            os.replace(source, target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged checkpoint {step} moved aside")
+        self._manager.reload()
+
+
+def explain_difference(saved: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Compare two json-able documents field by field, for errors on resume.
+
+    Args:
+      saved: as read from a checkpoint's meta.
+      now: the present one.
+      ignore: dotted names (and all below them) that may differ.
+
+    Returns:
+      Lines as `optim.lr: 1e-05 in the checkpoint, 2e-05 now`; empty if all is equal.
+    """
+    # Through json, so that tuples equal lists and keys are strings on both sides.
+    return _differences(json.loads(json.dumps(saved)), json.loads(json.dumps(now)), "", ignore)
+
+
+def _differences(saved: Any, now: Any, name: str, ignore: tuple[str, ...]) -> list[str]:
+    if name in ignore:
+        return []
+    if isinstance(saved, dict) and isinstance(now, dict):
+        lines = []
+        for key in sorted(set(saved) | set(now)):
+            below = f"{name}.{key}" if name else key
+            if below in ignore:
+                continue
+            if key not in saved:
+                lines.append(f"{below}: not in the checkpoint, {json.dumps(now[key])} now")
+            elif key not in now:
+                lines.append(f"{below}: {json.dumps(saved[key])} in the checkpoint, gone now")
+            else:
+                lines += _differences(saved[key], now[key], below, ignore)
+        return lines
+    if saved == now:
+        return []
+    return [f"{name}: {json.dumps(saved)} in the checkpoint, {json.dumps(now)} now"]
+
+
+def digest(state: Any) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and checksum of every array of a pytree, by path.
+
+    The checksum is the sum, modulo 2^32, of each element's bits times an odd number that depends
+    on its position: computed on the devices where the shards are, independent of the mesh.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    sums = [_checksum(_bits_of(leaf)) for _, leaf in leaves]  # all started before any is read
+    return {
+        _path(key): {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "sum": int(value),
+        }
+        for (key, leaf), value in zip(leaves, sums, strict=True)
+    }
+
+
+def _bits_of(leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = 8 * x.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        position = position * jnp.uint32(size % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    # Mixed, so that exchanging two elements, or the same change in two places, shows.
+    weight = (position * jnp.uint32(2654435761)) ^ (position >> 15)
+    return jnp.sum(bits * (weight * 2 + 1), dtype=jnp.uint32)
+
+
+def _as_abstract(leaf: Any) -> Any:
+    # Without a sharding orbax would ask for the devices that saved it.
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _path(key: tuple) -> str:
+    return jax.tree_util.keystr(key, simple=True, separator="/")
+
+
+def _check_same_arrays(saved: Mapping[str, Any], abstract: Any, where: Path) -> None:
+    """Raise a UserError if the checkpoint is of another model, adapter or optimizer."""
+    wanted = {_path(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    problems = [f"{path} is not in the checkpoint" for path in wanted if path not in saved]
+    problems += [f"{path} is only in the checkpoint" for path in saved if path not in wanted]
+    for path, leaf in wanted.items():
+        here = (list(leaf.shape), str(leaf.dtype))
+        there = (saved[path]["shape"], saved[path]["dtype"]) if path in saved else here
+        if here != there:
+            problems.append(f"{path} is {there[1]} {there[0]} there, {here[1]} {here[0]} here")
+    raise_problems(
+        f"checkpoint {where} belongs to another model, adapter or optimizer",
+        problems,
+        advice="Use the configuration it was made with, or another output folder.",
+    )
+
+
+def _check_folder(folder: Path, read_only: bool) -> None:
+    if not folder.exists():
+        if read_only:
+            raise UserError(f"there is no checkpoint folder {folder}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the checkpoint folder {folder}: {error}") from error
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; a folder for checkpoints is needed")
+    strange = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if not (entry.name.isdigit() or entry.name.startswith("damaged-") or "tmp" in entry.name)
+    )
+    raise_problems(
+        f"{folder} holds other things than checkpoints of this program",
+        strange,
+        advice="Choose another output folder.",
+    )
+
+
+class _Damaged(Exception):
+    """A checkpoint that is there but cannot be trusted."""
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line; tensorstore's go on for pages and name the cause last."""
+    text = str(error).strip()
+    causes = [os.strerror(number) for number in _DISK_ERRORS]
+    for cause in causes:
+        if cause.lower() in text.lower():
+            return cause
+    first = text.splitlines()[0][:200] if text else ""
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _quiet_orbax(record: logging.LogRecord) -> bool:
+    """A logging filter: drop orbax's tracebacks (we report them in a sentence) and one notice."""
+    if "orbax" not in record.pathname:
+        return True
+    return not (record.exc_info or str(record.msg).startswith("Given directory is read only"))

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Setting up what is trained: model, adapters, optimizer state, the compiled step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm2vec_jax.models.loading import Model, flatten, split_trainable
+from vlm2vec_jax.parallel.mesh import batch_spec
+from vlm2vec_jax.training.optimizer import AdamW
+from vlm2vec_jax.training.step import StepSpec, TrainBatch, TrainState, train_step
+
+
+@dataclasses.dataclass
+class Trainer:
+    """A model split for training, on a mesh.
+
+    Attributes:
+      graphdef: structure of the model.
+      state: the newest state.
+      frozen: leaves that are not trained.
+      optimizer: AdamW with its schedule.
+      mesh: where all of it lives.
+    """
+
+    graphdef: Any
+    state: TrainState
+    frozen: Any
+    optimizer: AdamW
+    mesh: Mesh
+
+    @classmethod
+    def create(cls, model: Model, optimizer: AdamW, mesh: Mesh, *, full: bool) -> Trainer:
+        """Split a loaded (and adapted) model; the optimizer's moments lie as their parameters."""
+        graphdef, params, frozen = split_trainable(model, full=full)
+        whole = NamedSharding(mesh, PartitionSpec())
+        placed = optimizer.state_shardings(jax.tree.map(lambda p: p.sharding, params), whole)
+        opt = jax.jit(optimizer.init, out_shardings=placed)(params)
+        state = TrainState(jax.device_put(jnp.int32(0), whole), params, opt)
+        return cls(graphdef, state, frozen, optimizer, mesh)
+
+    def compile_step(self, spec: StepSpec) -> Callable[[TrainState, Any, TrainBatch, Any], Any]:
+        """The jitted step (state, frozen, batch, key) -> (state, metrics); donates the state."""
+        placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(
+            functools.partial(train_step, self.graphdef, self.optimizer, spec),
+            donate_argnums=0,
+            out_shardings=(placed, NamedSharding(self.mesh, PartitionSpec())),
+        )
+
+    def put(self, batch: TrainBatch) -> TrainBatch:
+        """Send a host batch to the mesh: rows over `data` and `fsdp`, the rest whole."""
+        rows = NamedSharding(self.mesh, batch_spec(1))
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        groups = tuple(
+            type(group)(
+                jax.tree.map(lambda leaf: jax.device_put(leaf, rows), group.batch),
+                jax.device_put(group.num_chunks, whole),
+            )
+            for group in batch.groups
+        )
+        return TrainBatch(groups, jax.device_put(batch.target_id, whole))
+
+    def sizes(self) -> tuple[int, int]:
+        """Numbers trained and frozen."""
+        return tuple(
+            sum(leaf.size for leaf in flatten(tree).values())
+            for tree in (self.state.params, self.frozen)
+        )

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint into device arrays, through a name table, straight to the shards.
+
+Each device's part of a leaf is read by slices from the files and handed to jax leaf by leaf, so
+that beside the model itself the host never holds more than the largest leaf. All names and shapes
+are checked, and every disagreement listed in one error, before the first tensor is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm2vec_jax.errors import raise_problems
+from vlm2vec_jax.weights.rules import Index, Rule, Table, collapse
+from vlm2vec_jax.weights.safetensors import FLOATS, Checkpoint
+
+_BLOCK_BYTES = 1 << 26
+"""Copies of a tensor are compared in pieces of this many bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """A checkpoint whose names and shapes fit.
+
+    Attributes:
+      names: the table's spelling of each tensor -> the file's.
+      skipped: tensors of the file that fill no leaf, with the reason (buffers, copies, not asked).
+    """
+
+    names: dict[str, str]
+    skipped: dict[str, str]
+
+
+def load(
+    checkpoint: Checkpoint,
+    table: Table,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    dtype_of: Callable[[str], Any] | None = None,
+    skip: Collection[str] = (),
+    check_finite: bool = False,
+) -> dict[str, jax.Array]:
+    """Read the leaves of a model.
+
+    Args:
+      checkpoint: an open checkpoint.
+      table: the backbone's name table.
+      abstract: path -> shape, dtype and optionally sharding of every leaf wanted (the first local
+        device where there is no sharding).
+      dtype_of: path -> element type to cast to; by default the abstract leaf's.
+      skip: leaves of the table that are not wanted; the file may or may not hold their tensors.
+      check_finite: also look for NaN and infinite values (after the cast).
+
+    Returns:
+      path -> array, for exactly the paths of `abstract`.
+
+    Raises:
+      UserError: listing everything missing, unexpected, misshapen or of a type that is no weight;
+        copies that differ from their original; with `check_finite` all tensors that are not finite.
+      ValueError: if `abstract` and the table disagree, which is no fault of the checkpoint.
+    """
+    matched = match(checkpoint, table, abstract, skip=skip)
+    bad: dict[str, None] = {}
+    out = {}
+    for path, leaf in abstract.items():
+        dtype = np.dtype(leaf.dtype if dtype_of is None else dtype_of(path))
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        out[path] = _load_leaf(
+            checkpoint,
+            matched.names,
+            table.by_leaf[path],
+            leaf.shape,
+            dtype,
+            sharding,
+            bad if check_finite else None,
+        )
+    raise_problems(
+        f"{checkpoint.path} holds weights that are not finite in {_size(out)}",
+        [f"{name}{_count(members)}" for name, members in collapse(bad)],
+    )
+    return out
+
+
+def load_host(
+    checkpoint: Checkpoint,
+    table: Table,
+    *,
+    dtype: Any = None,
+    skip: Collection[str] = (),
+) -> dict[str, np.ndarray]:
+    """Read all leaves as numpy arrays, shapes as the file has them (for tools and comparisons).
+
+    Args:
+      checkpoint: an open checkpoint.
+      table: the backbone's name table.
+      dtype: element type of all leaves; by default each leaf's own in the file.
+      skip: leaves not wanted.
+
+    Raises:
+      UserError: as `load`.
+    """
+    shapes = abstract_from(checkpoint, table, skip=skip)
+    names = match(checkpoint, table, shapes, skip=skip).names
+    return {
+        path: _read(
+            checkpoint,
+            names,
+            table.by_leaf[path],
+            tuple(slice(0, size) for size in leaf.shape),
+            np.dtype(leaf.dtype if dtype is None else dtype),
+            None,
+        )
+        for path, leaf in shapes.items()
+    }
+
+
+def abstract_from(
+    checkpoint: Checkpoint, table: Table, *, skip: Collection[str] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the leaves as the file has them; missing tensors leave theirs out.
+
+    Use it where there is no model to ask; `load` then reports what is missing.
+    """
+    names = table.canonical_names(checkpoint.names)
+    out = {}
+    for path, rule in table.by_leaf.items():
+        source = rule.tied_to or rule.names()[0]
+        if path in skip or source not in names:
+            continue
+        shape = rule.our_shape(checkpoint.shape(names[source]))
+        if shape is not None:
+            lead = (rule.depth,) if rule.stacked else ()
+            out[path] = jax.ShapeDtypeStruct(lead + shape, checkpoint.dtype(names[source]))
+    return out
+
+
+def match(
+    checkpoint: Checkpoint,
+    table: Table,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    skip: Collection[str] = (),
+) -> Matched:
+    """Hold the names, shapes and types of a checkpoint against the leaves wanted; reads copies.
+
+    Raises:
+      UserError, ValueError: as `load`.
+    """
+    _check_leaves(table, abstract, skip)
+    names = table.canonical_names(checkpoint.names)
+    missing, misshapen, wrong_type = [], {}, []
+    for path, leaf in abstract.items():
+        rule = table.by_leaf[path]
+        expected = rule.hf_shape(tuple(leaf.shape[1:] if rule.stacked else leaf.shape))
+        for name in rule.names():
+            if rule.tied_to is not None:
+                # The original is checked for its own leaf; this one has the same numbers.
+                expected = rule.hf_shape(tuple(leaf.shape))
+                name = rule.tied_to
+            if name not in names:
+                missing.append(name)
+                continue
+            found = checkpoint.shape(names[name])
+            if found != expected:
+                misshapen.setdefault((found, expected), []).append(name)
+            if checkpoint.dtype_name(names[name]) not in FLOATS:
+                wrong_type.append(f"{name} is {checkpoint.dtype_name(names[name])}")
+    missing = list(dict.fromkeys(missing))
+    unexpected = [name for name in names if not table.knows(name)]
+    problems = _list_missing(missing, unexpected) + _list_unexpected(unexpected, table, missing)
+    problems += [
+        f"misshapen: {label}{_count(members)} is {found} in the file, the model has {expected}"
+        for (found, expected), group in misshapen.items()
+        for label, members in collapse(dict.fromkeys(group))
+    ]
+    problems += [f"no weight: {text}, expected one of {', '.join(FLOATS)}" for text in wrong_type]
+    raise_problems(
+        f"{checkpoint.path} does not fit the model: {len(missing)} missing, {len(unexpected)} "
+        f"unexpected, {sum(map(len, misshapen.values()))} misshapen tensors",
+        problems,
+        advice="Is config.json the one that belongs to these weights?",
+    )
+    skipped = _check_copies(checkpoint, table, names)
+    for name in names:
+        slot = table.slots.get(name)
+        if slot is not None and slot.rule.ours in skip:
+            skipped[name] = f"{slot.rule.ours} is not asked for"
+    return Matched(names, skipped)
+
+
+def _check_leaves(table: Table, abstract: Mapping[str, Any], skip: Collection[str]) -> None:
+    strange = sorted(set(abstract) - set(table.by_leaf))
+    if strange:
+        raise ValueError(f"leaves without a rule in the name table: {', '.join(strange[:10])}")
+    absent = sorted(set(table.by_leaf) - set(abstract) - set(skip))
+    if absent:
+        raise ValueError(
+            f"leaves of the name table that nobody asked for: {', '.join(absent[:10])}"
+        )
+    for path, leaf in abstract.items():
+        rule = table.by_leaf[path]
+        if rule.stacked and (not leaf.shape or leaf.shape[0] != rule.depth):
+            raise ValueError(f"{path}: shape {leaf.shape}, the table stacks {rule.depth} layers")
+
+
+def _list_missing(missing: list[str], unexpected: list[str]) -> list[str]:
+    lines = []
+    for label, members in collapse(missing):
+        near = difflib.get_close_matches(members[0], unexpected, n=2, cutoff=0.8)
+        hint = f"; the file has, unexpected, {' and '.join(near)}" if near else ""
+        lines.append(f"missing: {label}{_count(members)}{hint}")
+    return lines
+
+
+def _list_unexpected(unexpected: list[str], table: Table, missing: list[str]) -> list[str]:
+    lines = []
+    for label, members in collapse(unexpected):
+        # Names of what is missing are the likelier meaning; they were shown with their hints.
+        near = difflib.get_close_matches(members[0], missing or table.slots, n=1, cutoff=0.8)
+        hint = f"; nearest known: {near[0]}" if near else ""
+        lines.append(f"unexpected: {label}{_count(members)}{hint}")
+    return lines
+
+
+def _count(members: list[str]) -> str:
+    return f" ({len(members)} tensors)" if len(members) > 1 else ""
+
+
+def _size(leaves: Mapping[str, Any]) -> str:
+    return f"{sum(int(np.prod(leaf.shape)) for leaf in leaves.values()):,} parameters"
+
+
+def _check_copies(checkpoint: Checkpoint, table: Table, names: dict[str, str]) -> dict[str, str]:
+    """Compare copies with their originals; returns what fills no leaf, with the reason."""
+    skipped: dict[str, str] = {}
+    problems = []
+    for name in names:
+        original = table.copies.get(name)
+        if original is None:
+            reason = table.skipped(name)
+            if reason is not None:
+                skipped[name] = reason
+        elif original in names and not _equal(checkpoint, names[name], names[original]):
+            problems.append(f"{name} should be an equal copy of {original} and differs")
+        elif original in names:
+            skipped[name] = f"an equal copy of {original}"
+        elif name not in table.slots:
+            problems.append(f"{name} is there, {original}, of which it is a copy, is not")
+    raise_problems(f"{checkpoint.path} contradicts itself", problems)
+    return skipped
+
+
+def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    shape = checkpoint.shape(a)
+    if shape != checkpoint.shape(b):
+        return False
+    if not shape:
+        return bool(checkpoint.read(a) == checkpoint.read(b))
+    row = max(1, int(np.prod(shape[1:])) * checkpoint.dtype(a).itemsize)
+    step = max(1, _BLOCK_BYTES // row)
+    for start in range(0, shape[0], step):
+        rows = (slice(start, start + step), *(slice(None) for _ in shape[1:]))
+        left, right = checkpoint.read(a, rows), checkpoint.read(b, rows)
+        if left.dtype != right.dtype:
+            left, right = left.astype(np.float64), right.astype(np.float64)
+        if not np.array_equal(left, right):
+            return False
+    return True
+
+
+def _load_leaf(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    rule: Rule,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+    bad: dict[str, None] | None,
+) -> jax.Array:
+    # Devices that hold the same part (replicas) share one read.
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: Index | None) -> np.ndarray:
+        spans = tuple(
+            slice(*span.indices(size)) for span, size in zip(index or (), shape, strict=True)
+        )
+        key = tuple((span.start, span.stop) for span in spans)
+        if key not in parts:
+            parts[key] = _read(checkpoint, names, rule, spans, dtype, bad)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+
+
+def _read(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    rule: Rule,
+    spans: Index,
+    dtype: np.dtype,
+    bad: dict[str, None] | None,
+) -> np.ndarray:
+    """Read a part of a leaf: for each layer the slice of its tensor, permuted and cast."""
+    sizes = tuple(span.stop - span.start for span in spans)
+    if rule.stacked:
+        wanted, inner = rule.names()[spans[0]], spans[1:]
+        out = np.empty(sizes, dtype)
+        targets = [out[i] for i in range(len(wanted))]
+    else:
+        wanted, inner = [rule.tied_to or rule.hf], spans
+        out = np.empty(sizes, dtype)
+        targets = [out]
+    for name, target in zip(wanted, targets, strict=True):
+        source = rule.to_ours(checkpoint.read(names[name], rule.hf_index(inner)))
+        copy_cast(target, source)
+        if bad is not None and not np.isfinite(target.astype(np.float32)).all():
+            bad[name] = None
+    return out
+
+
+def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
+    """Copy into `target`, rounding to its element type; transposed sources block by block.
+
+    A transposed copy of a large matrix touches a new cache line for every element; in tiles it is
+    several times faster.
+    """
+    if source.dtype == target.dtype and source.dtype.itemsize == 2:
+        # The same bits: spare ml_dtypes' element loop.
+        source, target = source.view(np.uint16), target.view(np.uint16)
+    tile = 128
+    if source.ndim != 2 or source.flags.c_contiguous or min(source.shape) <= tile:
+        np.copyto(target, source, casting="unsafe")
+        return
+    for i in range(0, source.shape[0], tile):
+        for j in range(0, source.shape[1], tile):
+            block = (slice(i, i + tile), slice(j, j + tile))
+            np.copyto(target[block], source[block], casting="unsafe")
