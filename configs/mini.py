@@ -26,6 +26,7 @@ from vlm2vec_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PackingConfig,
 )
 from vlm2vec_jax.errors import UserError
 
@@ -40,6 +41,7 @@ def get_config(arg: str = "") -> Config:
         data=DataConfig(path="runs/demo/data/train", num_crops=1, max_len=256),
         optim=OptimConfig(lr=1e-3, warmup_steps=40, schedule="cosine"),
         mesh=MeshConfig(data=2, fsdp=1, tensor=1),
+        packing=PackingConfig(chunk_tokens=1024),
         checkpoint=CheckpointConfig(every=100, keep=2),
         loss=LossConfig(mask_duplicate_targets=True),
         batch_size=128,
@@ -47,5 +49,5 @@ def get_config(arg: str = "") -> Config:
         seed=0,
         temperature=0.05,
         output="runs/demo/train",
-        remat="none",
+        grad_cache="on",
     )

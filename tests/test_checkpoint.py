@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.parallel.mesh import make_mesh
-from vlm2vec_jax.training.checkpoint import Checkpoints, digest, explain_difference
+from vlm2vec_jax.training.checkpoint import Checkpoints
 
 P = PartitionSpec
+BY_INPUT = P(None, "fsdp")
 
 # Tensorstore calls back into orbax's closed event loop after a read that failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -30,7 +32,7 @@ def _numbers(seed):
     }
 
 
-def _state(seed, mesh=None, spec=P(None, "fsdp")):
+def _state(seed, mesh=None, spec=BY_INPUT):
     """Parameters, optimizer, a bf16 leaf, a typed key: what a run keeps."""
     mesh = mesh or make_mesh(fsdp=8)
 
@@ -114,9 +116,20 @@ def test_arrays_may_be_donated_while_they_are_written(folder):
     np.testing.assert_array_equal(state["w"], np.full((256, 256), 2.0))
 
 
+def test_a_part_can_be_read_without_the_rest(folder):
+    _fill(folder, 1)
+    shutil.rmtree(folder / "1" / "opt_state")  # not touched, so not missed
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        found = checkpoints.restore_latest({"params": _state(0)["params"]}, partial=True)
+        assert found is not None
+        _assert_equal(found[1], {"params": _state(1)["params"]})
+        with pytest.raises(UserError, match="extra is not in the checkpoint"):
+            checkpoints.restore_latest({"extra": jnp.zeros(1)}, partial=True)
+
+
 def _largest(step_folder):
     """The file with most of the arrays' bytes."""
-    files = [p for p in (step_folder / "state").rglob("d/*") if p.is_file()]
+    files = [p for p in (step_folder / "params").rglob("d/*") if p.is_file()]
     return max(files, key=lambda p: p.stat().st_size)
 
 
@@ -129,14 +142,14 @@ def _flip(path):
 DAMAGES = {
     "a flipped bit": lambda d: _flip(_largest(d)),
     "a cut file": lambda d: _largest(d).write_bytes(_largest(d).read_bytes()[:100]),
-    "no arrays": lambda d: shutil.rmtree(d / "state"),
+    "no arrays": lambda d: shutil.rmtree(d / "params"),
     "no meta": lambda d: shutil.rmtree(d / "meta"),
     "half a meta": lambda d: (d / "meta" / "metadata").write_text('{"format": "vlm2'),
-    "no tree": lambda d: (d / "state" / "_METADATA").unlink(),
+    "no tree": lambda d: (d / "opt_state" / "_METADATA").unlink(),
     "empty": lambda d: (shutil.rmtree(d), d.mkdir()),
     "other arrays under its name": lambda d: (
-        shutil.rmtree(d / "state"),
-        shutil.copytree(d.parent / "1" / "state", d / "state"),
+        shutil.rmtree(d / "params"),
+        shutil.copytree(d.parent / "1" / "params", d / "params"),
     ),
     "a copy": lambda d: (shutil.rmtree(d), shutil.copytree(d.parent / "1", d)),
 }
@@ -283,6 +296,20 @@ def test_another_models_checkpoint_is_told_field_by_field(folder):
     assert not told and (folder / "1").is_dir()  # not damage: nothing is moved
 
 
+def test_nnx_states_are_kept(folder):
+    class Layer(nnx.Module):
+        def __init__(self, seed):
+            self.kernel = nnx.Param(jnp.full((2, 3), float(seed)))
+
+    state = nnx.split(Layer(3))[1]
+    with Checkpoints(folder, every=1) as checkpoints:
+        checkpoints.save(1, {"params": state}, {})
+        checkpoints.wait()
+        found = checkpoints.restore_latest({"params": nnx.split(Layer(0))[1]})
+    assert found is not None
+    _assert_equal(found[1]["params"], state)
+
+
 def test_wrong_folders_are_told_in_words(folder, tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint folder"):
         Checkpoints(folder, read_only=True)
@@ -299,35 +326,3 @@ def test_wrong_folders_are_told_in_words(folder, tmp_path):
     document.write_text(json.dumps(json.loads(document.read_text()) | {"format": "later 2"}))
     with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match="format 'later 2'"):
         checkpoints.restore_latest(_state(0))
-
-
-def test_digest_sees_position_and_not_the_mesh():
-    x = np.arange(24, dtype=np.float32).reshape(4, 6)
-    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
-    spread = jax.device_put(x, NamedSharding(mesh, P("fsdp", "tensor")))
-    reference = digest({"a": x})
-    assert digest({"a": spread}) == reference
-    assert reference["a"] | {"sum": 0} == {"shape": [4, 6], "dtype": "float32", "sum": 0}
-    for changed in (x[::-1], x[:, ::-1], x + np.float32(1e-6), np.where(x == 5, -x, x)):
-        assert digest({"a": changed})["a"]["sum"] != reference["a"]["sum"]
-    swapped = x.copy()
-    swapped[0, 0], swapped[3, 5] = x[3, 5], x[0, 0]
-    assert digest({"a": swapped})["a"]["sum"] != reference["a"]["sum"]
-    kinds = {"b": np.array([True, False]), "h": np.ones(3, jnp.bfloat16), "i": np.int32(3)}
-    assert {k: v["dtype"] for k, v in digest(kinds).items()} == {
-        "b": "bool",
-        "h": "bfloat16",
-        "i": "int32",
-    }
-
-
-def test_differences_are_explained_field_by_field():
-    saved = {"optim": {"lr": 1e-5, "clip": 1.0}, "data": {"subsets": ["A"]}, "steps": 10, "old": 1}
-    now = {"optim": {"lr": 2e-5, "clip": 1.0}, "data": {"subsets": ("A",)}, "steps": 20, "new": 2}
-    assert explain_difference(saved, saved) == []
-    assert explain_difference(saved, now, ignore=("steps",)) == [
-        "new: not in the checkpoint, 2 now",
-        "old: 1 in the checkpoint, gone now",
-        "optim.lr: 1e-05 in the checkpoint, 2e-05 now",
-    ]
-    assert explain_difference(saved, now, ignore=("optim", "steps", "old", "new")) == []

@@ -301,7 +301,10 @@ def test_overrides_may_stand_before_the_file(repository, capsys):
     [
         (["--config=configs/mini.py", "--config.optim.lrr=1"], "did you mean optim.lr"),
         (["--config=configs/mini.py", "--config.nothing.at_all=1"], "--config.nothing.at_all"),
-        (["--config=configs/mini.py", "--noconfig.checkpoint.resumed"], "checkpoint.resume?"),
+        (
+            ["--config=configs/mini.py", "--noconfig.checkpoint.resumed"],
+            "did you mean checkpoint.res",
+        ),
         (["--config=configs/mini.py", "--config.steps=many"], "config.steps"),
         (["--config=configs/mini.py", "--config.steps=1.5"], "config.steps"),
         (["--config=configs/mini.py", "--config.optim=3"], "optim"),

@@ -25,8 +25,8 @@ from vlm2vec_jax.errors import UserError
 GOLDEN = Path(__file__).parent / "goldens" / "end_to_end" / "train"
 
 
-def test_the_golden_training_set_reads_as_written():
-    source = TrainSource(GOLDEN, "Pairs8")
+def test_the_golden_training_set_reads_as_written(tmp_path):
+    source = TrainSource(GOLDEN, "Pairs8", cache_dir=tmp_path)
     assert len(source) == 8
     first = source[0]
     assert first.query.text.startswith("<|image_1|> Represent the given image with")

@@ -103,8 +103,8 @@ def test_processes_share_a_global_batch(mixture, processes):
             assert parts[p][step][1] == whole[step][1][p::processes]
 
 
-def test_the_golden_set_in_one_batch():
-    mix = Mixture([TrainSource(GOLDEN, "Pairs8")], 0)
+def test_the_golden_set_in_one_batch(tmp_path):
+    mix = Mixture([TrainSource(GOLDEN, "Pairs8", cache_dir=tmp_path)], 0)
     for _, packed, rows, ids, _ in first(mix, 8, 3, workers=2):
         assert sorted(r for _, r in rows) == list(range(8)) and len(set(ids)) == 8
         assert len(set(packed)) == 8

@@ -12,6 +12,7 @@ from evaluation_data import FakeEncoder, captions, labels, row, write_image, wri
 from vlm2vec_jax.data.mmeb import open_eval
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.evaluation import run, scoring, store
+from vlm2vec_jax.evaluation.embedding import plan_subset
 
 
 @pytest.fixture
@@ -281,3 +282,16 @@ def test_a_full_disk_leaves_earlier_results_whole(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         evaluate(FakeEncoder("b"), data, output)
     assert files(output) == before
+
+
+def test_distinct_inputs_are_the_reference_s(goldens, tmp_path):
+    golden = json.loads((goldens / "evaluation" / "dedupe.json").read_text())
+    write_subset(tmp_path, "Pairs", golden["rows"])
+    (source,) = open_eval(tmp_path, [])
+    plan = plan_subset(source, {}, {}, "cosine")
+    unique = golden["unique_pairs_sorted"]
+    assert sorted(plan.keys) == sorted({tuple(k) for k in unique["qry"] + unique["tgt"]})
+    assert sorted({plan.keys[n] for n in plan.query_index}) == [tuple(k) for k in unique["qry"]]
+    targets = {plan.keys[n] for row in plan.candidates for n in row}
+    assert sorted(targets) == [tuple(k) for k in unique["tgt"]]
+    assert [len(row) for row in plan.candidates] == [3, 2, 2]

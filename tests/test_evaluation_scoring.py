@@ -119,8 +119,11 @@ def test_a_lone_truth_needs_a_finite_score():
     assert found.prediction.tolist() == [0, -1]
 
 
-def test_minus_zero_ties_with_zero():
-    assert dot([[0.0, -0.0]]).correct.tolist() == [False]
+def test_equal_vectors_are_scored_once_also_with_a_minus_zero():
+    targets = np.array([[0.0, 1.0], [2.0, 1.0], [-0.0, 1.0]], np.float32)
+    ids, vectors = scoring._distinct_vectors(targets)
+    assert ids.tolist() == [0, 1, 0] and len(vectors) == 2
+    np.testing.assert_array_equal(vectors[ids], targets)
     assert dot([[0.0, -0.0]]).tied.tolist() == [True]
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.training.optimizer import (
@@ -58,9 +59,14 @@ def test_schedules_follow_hf_formulas(warmup):
 
 def test_schedule_problems_are_told_together():
     with pytest.raises(UserError) as caught:
-        make_schedule("polynomial", -1.0, 30, 20)
+        make_schedule("polynomial", -1.0, -3, 20)
     for word in ("polynomial", "optim.lr", "optim.warmup_steps"):
         assert word in str(caught.value)
+
+
+def test_a_run_may_end_within_the_warm_up():
+    schedule = make_schedule("linear", 1.0, 200, 20)
+    assert [float(schedule(step)) for step in (0, 10, 20)] == pytest.approx([0.0, 0.05, 0.1])
 
 
 def _numpy_adamw(params, grads_per_step, lrs, decay, clip, decayed):
@@ -153,6 +159,24 @@ def test_decay_mask_reads_nested_and_flat_trees():
     assert decay_mask(nested) == {"norm": {"scale": False, "bias": False}, "rms": {"scale": True}}
     flat = {"norm/scale": jnp.ones(2), "norm/bias": jnp.ones(2), "x/lora_a": jnp.ones(2)}
     assert decay_mask(flat) == {"norm/scale": False, "norm/bias": False, "x/lora_a": True}
+
+
+def test_decay_mask_reads_nnx_states():
+    class Norm(nnx.Module):
+        def __init__(self, bias):
+            self.scale = nnx.Param(jnp.ones(2))
+            if bias:
+                self.bias = nnx.Param(jnp.ones(2))
+
+    class Both(nnx.Module):
+        def __init__(self):
+            self.layer, self.rms = Norm(True), Norm(False)
+
+    mask = decay_mask(nnx.split(Both())[1])
+    assert nnx.to_pure_dict(mask) == {
+        "layer": {"bias": False, "scale": False},
+        "rms": {"scale": True},
+    }
 
 
 def test_trained_parameters_must_be_float32():

@@ -211,6 +211,8 @@ def _cache_folder(data: Path, cache_dir: str | os.PathLike | None) -> Path:
             raise UserError(f"{cache_dir}: the cache folder cannot be written")
         return folder
     if _writable(data / CACHE_FOLDER):
+        with contextlib.suppress(OSError):  # data kept under git should not gain a cache there
+            (data / CACHE_FOLDER / ".gitignore").write_text("*\n")
         return data / CACHE_FOLDER
     for root in (Path.home() / ".cache", Path(tempfile.gettempdir())):
         folder = root / "vlm2vec_jax" / "arrow" / place

@@ -185,7 +185,7 @@ def draw_digit(pixels: np.ndarray, color: str, tint: str, rng: np.random.Generat
       tint: name of the paper's tint.
       rng: draws the size and position.
     """
-    size = int(rng.integers(44, 53))
+    size = int(rng.integers(40, 49))
     ink = Image.fromarray(np.clip(pixels * 15.9, 0, 255).astype(np.uint8))
     mask = np.asarray(ink.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255.0
     mask = np.clip(mask * 1.4 - 0.2, 0.0, 1.0)

@@ -62,7 +62,8 @@ img.chart { width:100%; height:auto; display:block; }
   background:#fff; }
 .target.right { border-color:var(--right); background:#f0faf4; }
 .target.wrong { border-color:var(--wrong); background:#fff5f5; }
-.tag { display:block; font-weight:600; font-size:.68rem; letter-spacing:-.01em; color:var(--muted); margin-bottom:.3rem; }
+.tag { display:block; font-weight:600; font-size:.68rem; letter-spacing:-.01em;
+  color:var(--muted); margin-bottom:.3rem; }
 .right .tag { color:var(--right); }
 .wrong .tag { color:var(--wrong); }
 .words { overflow-wrap:anywhere; white-space:pre-line; margin-top:.3rem; }

@@ -1,59 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation itself: embed each distinct input once, judge every row, write the results.
 
-Subsets are done one after the other and each is on disk before the next begins, so that an
-interrupted evaluation goes on where it stopped. An input that several subsets share (by text and
-absolute image path) is embedded once for all of them.
+Subsets are done one after the other (small ones are embedded together) and each is on disk before
+the next begins, so that an interrupted evaluation goes on where it stopped. An input that several
+subsets share (by text and absolute image path) is embedded once for all of them.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 import vlm2vec_jax
 from vlm2vec_jax.data import verify
-from vlm2vec_jax.data.mmeb import list_subsets, open_eval, to_input
+from vlm2vec_jax.data.mmeb import list_subsets, open_eval
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.evaluation import mmeb, scoring, store, tables
+from vlm2vec_jax.evaluation.embedding import (
+    INPUTS_AT_ONCE,
+    Embedding,
+    Encoder,
+    Plan,
+    Source,
+    plan_subset,
+)
 from vlm2vec_jax.evaluation.store import Key
-from vlm2vec_jax.inputs import MultimodalInput
-
-INPUTS_AT_ONCE = 512
-"""A dataset of MMEB has more, and is embedded by itself; smaller ones share a call."""
-
-
-class Encoder(Protocol):
-    """What turns inputs into vectors: `vlm2vec_jax.Embedder`, or anything that does the same."""
-
-    def encode(self, inputs: list[MultimodalInput], **options: Any) -> np.ndarray:
-        """Embeddings float32 [N, D] of N inputs; takes the keyword `progress`."""
-        ...
-
-    def fingerprint(self) -> Mapping[str, Any]:
-        """What an embedding depends on: model, adapter, processor settings, type. Json-able."""
-        ...
-
-
-class Source(Protocol):
-    """One subset of MMEB-eval (`vlm2vec_jax.data.mmeb.EvalSource`).
-
-    A row has `query_key` and `target_keys`, each key (text, image path), the truth first.
-    """
-
-    subset: str
-    image_root: Path
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def evaluate(
@@ -164,7 +140,7 @@ def evaluate_sources(
         "encoder": store.plain(dict(encoder.fingerprint())),
     }
     images: dict[Path, str] = {}
-    plans = [_plan(source, images, made_with, similarity) for source in sources]
+    plans = [plan_subset(source, images, made_with, similarity) for source in sources]
     scores: dict[str, dict[str, Any]] = {}
     pending = []
     for plan in plans:
@@ -178,12 +154,12 @@ def evaluate_sources(
     if scores:
         say(f"already evaluated, taken from {output}: {', '.join(scores)}")
 
-    def embedded(plan: _Plan, vectors: Mapping[Key, np.ndarray]) -> None:
+    def embedded(plan: Plan, vectors: Mapping[Key, np.ndarray]) -> None:
         scores[plan.subset] = _score(plan, vectors, output, similarity, say)
 
-    _Embedding(encoder, pending, output, encode_options or {}, inputs_at_once, say).run(embedded)
+    Embedding(encoder, pending, output, encode_options or {}, inputs_at_once, say).run(embedded)
     for source in others:
-        plan = _plan(source, images, made_with, similarity)
+        plan = plan_subset(source, images, made_with, similarity)
         finished, why_not = _finished(output, plan)
         if finished is not None:
             scores[plan.subset] = finished
@@ -206,73 +182,7 @@ def evaluate_sources(
     return result
 
 
-# ---------------------------------------------------------------------------------------- a plan
-
-
-Identity = tuple[str, tuple[str, ...]]
-"""What an input is across subsets: its text, and the absolute paths of its images."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A subset read once: its distinct inputs, and its rows as indices into them."""
-
-    source: Source
-    keys: list[Key]
-    identities: list[Identity]
-    query_index: np.ndarray
-    candidates: list[np.ndarray]
-    embedded_from: dict[str, Any]
-    scored_from: dict[str, Any]
-
-    @property
-    def subset(self) -> str:
-        return self.source.subset
-
-
-def _plan(
-    source: Source, images: dict[Path, str], made_with: Mapping[str, Any], similarity: str
-) -> _Plan:
-    """Read a subset's rows; a thousand candidates a row stay as four bytes each."""
-    if not len(source):
-        raise UserError(f"subset {source.subset} has no rows")
-    index: dict[Key, int] = {}
-    query_index = np.zeros(len(source), np.int32)
-    candidates = []
-    for n in range(len(source)):
-        row = source[n]
-        query_index[n] = index.setdefault(row.query_key, len(index))
-        candidates.append(
-            np.array([index.setdefault(key, len(index)) for key in row.target_keys], np.int32)
-        )
-    keys = list(index)
-    identities, files = [], {}
-    for key in keys:
-        paths = []
-        for image in to_input(key, source.image_root).images:
-            if not isinstance(image, (str, os.PathLike)):
-                raise TypeError("an evaluation source names images by path")
-            path = Path(os.path.abspath(image))
-            paths.append(str(path))
-            # Named by what the row says, so that moving the folder changes nothing.
-            files[key[1]] = path
-        identities.append((key[0], tuple(paths)))
-    embedded_from = {
-        **made_with,
-        "inputs": store.hash_rows(sorted(keys)),
-        "images": store.hash_images(files, images),
-    }
-    rows = (keys, *(row.tolist() for row in (query_index, *candidates)))
-    scored_from = {
-        **embedded_from,
-        "rows": store.hash_rows(rows),
-        "similarity": similarity,
-        "benchmark": mmeb.BENCHMARK_VERSION,
-    }
-    return _Plan(source, keys, identities, query_index, candidates, embedded_from, scored_from)
-
-
-def _finished(output: Path, plan: _Plan) -> tuple[dict[str, Any] | None, str]:
+def _finished(output: Path, plan: Plan) -> tuple[dict[str, Any] | None, str]:
     """The stored score of a subset if it is of this model and data; otherwise None and why not."""
     path = store.score_path(output, plan.subset)
     score = store.read_json(path)
@@ -288,99 +198,11 @@ def _finished(output: Path, plan: _Plan) -> tuple[dict[str, Any] | None, str]:
     return score, ""
 
 
-# ------------------------------------------------------------------------------------- embedding
-
-
-class _Embedding:
-    """Embeds the inputs of the pending subsets, each distinct one once."""
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        plans: Sequence[_Plan],
-        output: Path,
-        options: Mapping[str, Any],
-        inputs_at_once: int,
-        say: Callable[[str], None],
-    ):
-        self.encoder, self.output, self.options, self.say = encoder, output, options, say
-        self.plans, self.inputs_at_once = plans, inputs_at_once
-        # How many pending subsets still want an input; only shared ones are held in memory.
-        self.wanted = collections.Counter(i for plan in plans for i in set(plan.identities))
-        self.held: dict[Identity, np.ndarray] = {}
-
-    def run(self, done: Callable[[_Plan, Mapping[Key, np.ndarray]], None]) -> None:
-        """Call `done(plan, vectors)` for each pending subset as soon as it is embedded.
-
-        Small subsets are embedded together: packing wastes the least with many inputs at once.
-        """
-        waiting: list[_Plan] = []
-        fresh: dict[Identity, MultimodalInput] = {}
-        for number, plan in enumerate(self.plans, 1):
-            path = store.embeddings_path(self.output, plan.subset)
-            vectors, why_not = store.load_embeddings(path, plan.embedded_from)
-            where = f"[{number}/{len(self.plans)}] {plan.subset}: {len(plan.query_index)} rows"
-            if vectors is not None:
-                self.say(f"{where}, embeddings taken from {path.name}")
-                self._finish(plan, vectors, done)
-                continue
-            if why_not:
-                self.say(f"{plan.subset}: {why_not}; embedded again")
-            before = len(fresh)
-            for identity, key in zip(plan.identities, plan.keys, strict=True):
-                if identity not in self.held and identity not in fresh:
-                    fresh[identity] = to_input(key, plan.source.image_root)
-            new = len(fresh) - before
-            shared = len(plan.keys) - new
-            self.say(
-                f"{where}, {new} inputs to embed"
-                + (f" ({shared} more are shared with subsets before it)" if shared else "")
-            )
-            waiting.append(plan)
-            if len(fresh) >= self.inputs_at_once:
-                self._flush(waiting, fresh, done)
-                waiting, fresh = [], {}
-        self._flush(waiting, fresh, done)
-
-    def _flush(self, waiting: list[_Plan], fresh: dict[Identity, MultimodalInput], done) -> None:
-        vectors = dict(self.held)
-        if fresh:
-            matrix = np.asarray(self.encoder.encode(list(fresh.values()), **self.options))
-            if matrix.ndim != 2 or len(matrix) != len(fresh):
-                raise ValueError(f"{len(fresh)} inputs gave embeddings of shape {matrix.shape}")
-            bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
-            if bad:
-                names = ", ".join(plan.subset for plan in waiting)
-                self.say(
-                    f"{bad} of {len(fresh)} embeddings for {names} are not finite; rows that "
-                    f"need them count as wrong"
-                )
-            vectors.update(zip(fresh, matrix.astype(np.float32), strict=True))
-        for plan in waiting:
-            matrix = np.stack([vectors[identity] for identity in plan.identities])
-            path = store.embeddings_path(self.output, plan.subset)
-            store.save_embeddings(path, plan.keys, matrix, plan.embedded_from)
-            self._finish(plan, dict(zip(plan.keys, matrix, strict=True)), done)
-
-    def _finish(self, plan: _Plan, vectors: Mapping[Key, np.ndarray], done) -> None:
-        self._hold(plan, vectors)
-        done(plan, vectors)
-
-    def _hold(self, plan: _Plan, vectors: Mapping[Key, np.ndarray]) -> None:
-        for identity, key in dict(zip(plan.identities, plan.keys, strict=True)).items():
-            self.wanted[identity] -= 1
-            if self.wanted[identity] > 0:
-                # A copy, lest a shared input keep the whole matrix of its subset alive.
-                self.held.setdefault(identity, np.array(vectors[key]))
-            else:
-                self.held.pop(identity, None)
-
-
 # --------------------------------------------------------------------------------------- scoring
 
 
 def _score(
-    plan: _Plan,
+    plan: Plan,
     vectors: Mapping[Key, np.ndarray],
     output: Path,
     similarity: scoring.Similarity,
@@ -417,7 +239,7 @@ def _score(
     return score
 
 
-def _prediction(plan: _Plan, verdicts: scoring.Verdicts, n: int) -> dict[str, Any]:
+def _prediction(plan: Plan, verdicts: scoring.Verdicts, n: int) -> dict[str, Any]:
     """A line of `<subset>_pred.jsonl`."""
 
     def named(position: int) -> dict[str, str] | None:

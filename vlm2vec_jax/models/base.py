@@ -54,6 +54,8 @@ class Backbone:
       unused: pattern of leaves that never influence an embedding: never trained.
       width: configuration -> D.
       max_tokens: configuration -> longest sequence that the positions allow.
+      activation_bytes: (configuration, remat, bytes of an element) -> estimated bytes that the
+        backward pass keeps per token and per visual unit.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Backbone:
     unused: str
     width: Callable[[Any], int]
     max_tokens: Callable[[Any], int]
+    activation_bytes: Callable[[Any, str, int], tuple[float, float]]
 
     def is_unused(self, path: str) -> bool:
         """Whether a leaf cannot influence an embedding."""

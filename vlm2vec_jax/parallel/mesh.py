@@ -43,7 +43,7 @@ def make_mesh(
       UserError: if the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     raise_problems(
         "the mesh is not possible",
         [

@@ -32,8 +32,8 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     Args:
       x: any array inside `jit`.
       *spec: per dimension an axis name, a tuple of names, None for "whole", or
-        `PartitionSpec.UNCONSTRAINED`; missing trailing dimensions are whole. `constrain(x, ROWS)` spreads rows; `constrain(w)` makes a weight
-        whole on every chip.
+        `PartitionSpec.UNCONSTRAINED`; missing trailing dimensions are whole.
+        `constrain(x, ROWS)` spreads rows; `constrain(w)` makes a weight whole on every chip.
 
     Returns:
       `x`, constrained if there is an ambient mesh (`jax.set_mesh`), else as it is. Axes that a

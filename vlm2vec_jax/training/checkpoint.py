@@ -6,8 +6,9 @@ damaged checkpoint is recognised whatever damaged it and the one before it is us
 save that are reported and leave the good checkpoints alone; and errors in words when the folder
 belongs to another run. Only arrays (orbax) and JSON are stored, nothing that runs code.
 
-A checkpoint is `<folder>/<step>/{state, meta}`, written under another name and renamed when it is
-complete. `meta` holds the caller's dictionary and, per array, shape, dtype and checksum.
+A checkpoint is `<folder>/<step>/`, written under another name and renamed when it is complete. It
+has a folder for each key of the state (orbax) and `meta` (json): the caller's dictionary and, per
+array, shape, dtype and checksum.
 """
 
 from __future__ import annotations
@@ -22,23 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.training.fingerprint import digest, explain_arrays
 
 FORMAT = "vlm2vec_jax checkpoint 1"
-_DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-)
+_WHOLE = "state"
+_DISK_ERRORS = [
+    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()
+]
 _LOG = logging.getLogger(__name__)
 
 
@@ -81,7 +77,8 @@ class Checkpoints:
         self._saving: int | None = None  # the step whose save has not been confirmed yet
         self._failures: list[str] = []  # in a row, up to now
         _check_folder(self.folder, read_only)
-        logging.getLogger("absl").addFilter(_quiet_orbax)  # added once, however often asked
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_quiet_orbax)  # added once, however often asked
         self._manager = self._open()
 
     def __enter__(self) -> Checkpoints:
@@ -93,7 +90,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, oldest first."""
-        return sorted(int(e.name) for e in self.folder.iterdir() if e.name.isdigit() and e.is_dir())
+        return sorted(int(e.name) for e in self.folder.glob("*") if e.name.isdigit() and e.is_dir())
 
     def is_due(self, step: int) -> bool:
         """Whether `save` without `force` would write at this step."""
@@ -107,7 +104,8 @@ class Checkpoints:
 
         Args:
           step: updates made so far.
-          state: pytree of jax arrays (any sharding; typed random keys allowed).
+          state: pytree of jax arrays (any sharding; typed random keys allowed). The values of a
+            dict are stored apart, so that a reader may take some of them.
           meta: json-able: fingerprints of configuration and mixture, adapter, temperature, ...
           force: write although the step is not due (the last step of a run).
 
@@ -130,7 +128,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document)
+                    meta=ocp.args.JsonSave(document),
+                    **{name: ocp.args.StandardSave(part) for name, part in _parts(state).items()},
                 ),
                 force=True,
             )
@@ -190,7 +189,9 @@ class Checkpoints:
         except _Damaged as error:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}") from error
 
-    def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore_latest(
+        self, abstract: Any, *, partial: bool = False
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """Read the newest checkpoint that is whole.
 
         A damaged one is reported and, unless read-only, moved aside to `damaged-<step>` so that
@@ -199,6 +200,7 @@ class Checkpoints:
         Args:
           abstract: the state as `jax.ShapeDtypeStruct(shape, dtype, sharding=...)` leaves, or as
             arrays; shardings may belong to another mesh than the one that saved.
+          partial: `abstract` is a dict with some of the saved one's keys; only these are read.
 
         Returns:
           (step, state, meta), or None if the folder holds no checkpoint at all.
@@ -210,7 +212,7 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                state, meta = self._read(step, abstract)
+                state, meta = self._read(step, abstract, partial)
             except _Damaged as error:
                 damaged.append((step, f"step {step}: {error}"))
                 self._report(f"checkpoint {self.folder / str(step)} is damaged ({error})")
@@ -238,14 +240,7 @@ class Checkpoints:
             read_only=self._read_only,
             create=not self._read_only,
         )
-        return ocp.CheckpointManager(
-            self.folder,
-            options=options,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
+        return ocp.CheckpointManager(self.folder, options=options)
 
     def _shut(self) -> None:
         try:
@@ -308,22 +303,28 @@ class Checkpoints:
             raise _Damaged(f"it is a copy of the checkpoint of step {document.get('step')}")
         return document
 
-    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int, abstract: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
         if step not in self.steps():
             raise UserError(f"there is no checkpoint of step {step} in {self.folder}")
         document = self._document(step)
         abstract = jax.tree.map(_as_abstract, abstract)
-        _check_same_arrays(document["arrays"], abstract, self.folder / str(step))
+        arrays = document["arrays"]
+        if partial:
+            arrays = {k: v for k, v in arrays.items() if k.split("/")[0] in abstract}
+        raise_problems(
+            f"checkpoint {self.folder / str(step)} belongs to another model, adapter or optimizer",
+            explain_arrays(arrays, abstract),
+            advice="Use the configuration it was made with, or another output folder.",
+        )
+        wanted = {n: ocp.args.StandardRestore(part) for n, part in _parts(abstract).items()}
         try:
-            state = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )["state"]
+            read = self._manager.restore(step, args=ocp.args.Composite(**wanted))
+            state = {name: read[name]["value"] for name in wanted}
+            state = state if isinstance(abstract, dict) else state[_WHOLE]
             found = digest(state)
         except Exception as error:  # whatever a truncated or missing file leads to
             raise _Damaged(f"its arrays cannot be read: {_words(error)}") from error
-        wrong = [
-            path for path, entry in found.items() if entry["sum"] != document["arrays"][path]["sum"]
-        ]
+        wrong = [path for path, entry in found.items() if entry["sum"] != arrays[path]["sum"]]
         if wrong:
             raise _Damaged(
                 f"{len(wrong)} of {len(found)} arrays have other contents than were saved, "
@@ -345,105 +346,16 @@ class Checkpoints:
         self._manager.reload()
 
 
-def explain_difference(saved: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Compare two json-able documents field by field, for errors on resume.
-
-    Args:
-      saved: as read from a checkpoint's meta.
-      now: the present one.
-      ignore: dotted names (and all below them) that may differ.
-
-    Returns:
-      Lines as `optim.lr: 1e-05 in the checkpoint, 2e-05 now`; empty if all is equal.
-    """
-    # Through json, so that tuples equal lists and keys are strings on both sides.
-    return _differences(json.loads(json.dumps(saved)), json.loads(json.dumps(now)), "", ignore)
-
-
-def _differences(saved: Any, now: Any, name: str, ignore: tuple[str, ...]) -> list[str]:
-    if name in ignore:
-        return []
-    if isinstance(saved, dict) and isinstance(now, dict):
-        lines = []
-        for key in sorted(set(saved) | set(now)):
-            below = f"{name}.{key}" if name else key
-            if below in ignore:
-                continue
-            if key not in saved:
-                lines.append(f"{below}: not in the checkpoint, {json.dumps(now[key])} now")
-            elif key not in now:
-                lines.append(f"{below}: {json.dumps(saved[key])} in the checkpoint, gone now")
-            else:
-                lines += _differences(saved[key], now[key], below, ignore)
-        return lines
-    if saved == now:
-        return []
-    return [f"{name}: {json.dumps(saved)} in the checkpoint, {json.dumps(now)} now"]
-
-
-def digest(state: Any) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and checksum of every array of a pytree, by path.
-
-    The checksum is the sum, modulo 2^32, of each element's bits times an odd number that depends
-    on its position: computed on the devices where the shards are, independent of the mesh.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    sums = [_checksum(_bits_of(leaf)) for _, leaf in leaves]  # all started before any is read
-    return {
-        _path(key): {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-            "sum": int(value),
-        }
-        for (key, leaf), value in zip(leaves, sums, strict=True)
-    }
-
-
-def _bits_of(leaf: Any) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    width = 8 * x.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        position = position * jnp.uint32(size % 2**32)
-        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    # Mixed, so that exchanging two elements, or the same change in two places, shows.
-    weight = (position * jnp.uint32(2654435761)) ^ (position >> 15)
-    return jnp.sum(bits * (weight * 2 + 1), dtype=jnp.uint32)
+def _parts(state: Any) -> dict[str, Any]:
+    """What is stored apart, by name; each in a dict, as orbax takes no bare arrays."""
+    parts = state if isinstance(state, dict) else {_WHOLE: state}
+    return {name: {"value": part} for name, part in parts.items()}
 
 
 def _as_abstract(leaf: Any) -> Any:
     # Without a sharding orbax would ask for the devices that saved it.
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _path(key: tuple) -> str:
-    return jax.tree_util.keystr(key, simple=True, separator="/")
-
-
-def _check_same_arrays(saved: Mapping[str, Any], abstract: Any, where: Path) -> None:
-    """Raise a UserError if the checkpoint is of another model, adapter or optimizer."""
-    wanted = {_path(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-    problems = [f"{path} is not in the checkpoint" for path in wanted if path not in saved]
-    problems += [f"{path} is only in the checkpoint" for path in saved if path not in wanted]
-    for path, leaf in wanted.items():
-        here = (list(leaf.shape), str(leaf.dtype))
-        there = (saved[path]["shape"], saved[path]["dtype"]) if path in saved else here
-        if here != there:
-            problems.append(f"{path} is {there[1]} {there[0]} there, {here[1]} {here[0]} here")
-    raise_problems(
-        f"checkpoint {where} belongs to another model, adapter or optimizer",
-        problems,
-        advice="Use the configuration it was made with, or another output folder.",
-    )
 
 
 def _check_folder(folder: Path, read_only: bool) -> None:
@@ -475,8 +387,7 @@ class _Damaged(Exception):
 def _words(error: BaseException) -> str:
     """An error in one line; tensorstore's go on for pages and name the cause last."""
     text = str(error).strip()
-    causes = [os.strerror(number) for number in _DISK_ERRORS]
-    for cause in causes:
+    for cause in map(os.strerror, _DISK_ERRORS):
         if cause.lower() in text.lower():
             return cause
     first = text.splitlines()[0][:200] if text else ""
@@ -485,6 +396,8 @@ def _words(error: BaseException) -> str:
 
 def _quiet_orbax(record: logging.LogRecord) -> bool:
     """A logging filter: drop orbax's tracebacks (we report them in a sentence) and one notice."""
+    if record.name == "asyncio":  # of reads that nobody waited for after another had failed
+        return "orbax" not in record.getMessage()
     if "orbax" not in record.pathname:
         return True
     return not (record.exc_info or str(record.msg).startswith("Given directory is read only"))

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from vlm2vec_jax.errors import raise_problems
+from vlm2vec_jax.training.fingerprint import leaf_path
 
 SCHEDULES = ("linear", "cosine", "constant")
 BETAS = (0.9, 0.999)
@@ -47,8 +48,8 @@ def make_schedule(kind: str, lr: float, warmup_steps: int, steps: int) -> Schedu
         problems.append(f"optim.lr {lr!r} must not be negative")
     if steps < 1:
         problems.append(f"steps {steps!r} must be at least 1")
-    if not 0 <= warmup_steps <= max(steps, 0):
-        problems.append(f"optim.warmup_steps {warmup_steps!r} must be within 0..steps ({steps})")
+    if warmup_steps < 0:
+        problems.append(f"optim.warmup_steps {warmup_steps!r} must not be negative")
     raise_problems("the learning-rate schedule is not possible", problems)
 
     def schedule(step: Any) -> jax.Array:
@@ -89,11 +90,7 @@ def is_decayed(path: str, paths: Collection[str]) -> bool:
 def decay_mask(params: Any) -> Any:
     """A tree like `params` (flat dict of paths, nested dicts, nnx State) of `is_decayed`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    # nnx wraps every leaf once more; its last key says nothing about the parameter.
-    paths = [
-        jax.tree_util.keystr(key, simple=True, separator="/").removesuffix("/value")
-        for key, _ in leaves
-    ]
+    paths = [leaf_path(key) for key, _ in leaves]
     known = set(paths)
     return jax.tree.unflatten(treedef, [is_decayed(path, known) for path in paths])
 
@@ -116,11 +113,15 @@ class AdamW:
       schedule: from `make_schedule`.
       weight_decay: decoupled; applies where `is_decayed` says so.
       clip_norm: the gradient's norm is brought down to this; None or 0 for no clipping.
+      betas: decay of the two moments.
+      eps: added to the root of the second moment.
     """
 
     schedule: Schedule
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    betas: tuple[float, float] = BETAS
+    eps: float = EPS
 
     def init(self, params: Any) -> optax.ScaleByAdamState:
         """Zero moments; works under `jax.eval_shape` and `jit`.
@@ -132,12 +133,12 @@ class AdamW:
         raise_problems(
             "trained parameters must be float32",
             [
-                f"{jax.tree_util.keystr(key, simple=True, separator='/')} is {leaf.dtype}"
+                f"{leaf_path(key)} is {leaf.dtype}"
                 for key, leaf in leaves
                 if leaf.dtype != jnp.float32
             ],
         )
-        return _adam().init(params)
+        return cast(optax.ScaleByAdamState, self._adam().init(params))
 
     def update(
         self, grads: Any, state: optax.ScaleByAdamState, params: Any
@@ -160,7 +161,7 @@ class AdamW:
             factor = jnp.minimum(self.clip_norm / (norm + 1e-6), 1.0)
             grads = jax.tree.map(lambda g: g * factor, grads)
         lr = self.schedule(state.count)
-        steps, state = _adam().update(grads, state)
+        steps, new_state = self._adam().update(grads, state)
         mask = decay_mask(params)
         params = jax.tree.map(
             lambda p, s, decayed: p * (1.0 - lr * self.weight_decay * decayed) - lr * s,
@@ -168,7 +169,8 @@ class AdamW:
             steps,
             mask,
         )
-        return params, state, {"grad_norm": norm, "lr": lr}
+        info = {"grad_norm": norm, "lr": lr}
+        return params, cast(optax.ScaleByAdamState, new_state), info
 
     def state_shardings(self, param_shardings: Any, scalar: Any) -> optax.ScaleByAdamState:
         """Shardings of the state: moments as their parameters, the count as `scalar`.
@@ -179,6 +181,6 @@ class AdamW:
         """
         return optax.ScaleByAdamState(count=scalar, mu=param_shardings, nu=param_shardings)
 
-
-def _adam() -> optax.GradientTransformation:
-    return optax.scale_by_adam(b1=BETAS[0], b2=BETAS[1], eps=EPS, mu_dtype=jnp.float32)
+    def _adam(self) -> optax.GradientTransformation:
+        first, second = self.betas
+        return optax.scale_by_adam(b1=first, b2=second, eps=self.eps, mu_dtype=jnp.float32)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlm2vec_jax.models.loading import Model, flatten, split_trainable
+from vlm2vec_jax.models.loading import Model, fill, flatten, split_trainable
 from vlm2vec_jax.parallel.mesh import batch_spec
 from vlm2vec_jax.training.optimizer import AdamW
 from vlm2vec_jax.training.step import StepSpec, TrainBatch, TrainState, train_step
@@ -67,6 +67,28 @@ class Trainer:
             for group in batch.groups
         )
         return TrainBatch(groups, jax.device_put(batch.target_id, whole))
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds, leaves by path, so that parts can be read without the rest."""
+        opt = self.state.opt
+        return {
+            "step": {"step": self.state.step},
+            "params": flatten(self.state.params),
+            "opt": {"count": opt.count, "mu": flatten(opt.mu), "nu": flatten(opt.nu)},
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take the state out of a checkpoint that `saved` made."""
+        params, opt = self.state.params, self.state.opt
+        self.state = TrainState(
+            saved["step"]["step"],
+            fill(params, saved["params"]),
+            opt._replace(
+                count=saved["opt"]["count"],
+                mu=fill(opt.mu, saved["opt"]["mu"]),
+                nu=fill(opt.nu, saved["opt"]["nu"]),
+            ),
+        )
 
     def sizes(self) -> tuple[int, int]:
         """Numbers trained and frozen."""

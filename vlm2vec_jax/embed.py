@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embed a file of texts and images.
+
+    python -m vlm2vec_jax.embed --model DIR [--adapter DIR] --input FILE.jsonl --output FILE.npz
+
+A line of the input is `{"text": "...", "images": ["path", ...]}`; either may be missing, and a
+relative path is relative to the file. The output holds `embeddings`, float32 [N, D], in the order
+of the lines.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.flags import run
+from vlm2vec_jax.images import image_size
+from vlm2vec_jax.inputs import MultimodalInput
+
+
+def define(values: flags.FlagValues) -> None:
+    """Add this command's flags."""
+    for name, words, required in (
+        ("model", "an HF folder, a training output folder, an adapter, or a hub id", True),
+        ("adapter", "a PEFT adapter folder on top of it", False),
+        ("input", "a jsonl file with text and images", True),
+        ("output", "the npz file to write", True),
+    ):
+        flags.DEFINE_string(name, None, words, required=required, flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "bfloat16", ["bfloat16", "float32"], "of the computation", flag_values=values
+    )
+    for name, words in (
+        ("num_crops", "most sub-images per image; the model's own by default"),
+        ("max_len", "most tokens of a text; the model's own by default"),
+        ("batch_tokens", "tokens embedded at a time; chosen for the device by default"),
+    ):
+        flags.DEFINE_integer(name, None, words, lower_bound=1, flag_values=values)
+
+
+def main(args: Any) -> None:
+    """Read, embed, write."""
+    output = Path(args.output)
+    if output.suffix != ".npz":
+        raise UserError(f"--output must end in .npz, not {output.name}")
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"cannot write {output}: its folder must exist, and it must be no folder")
+    inputs = read_inputs(args.input)
+
+    from vlm2vec_jax.embedder import Embedder
+
+    embedder = Embedder.from_pretrained(
+        args.model,
+        adapter=args.adapter,
+        dtype=args.dtype,
+        num_crops=args.num_crops,
+        max_len=args.max_len,
+    )
+    embeddings = embedder.encode(inputs, batch_tokens=args.batch_tokens, progress=True)
+    write_npz(output, embeddings)
+    print(f"{len(inputs)} embeddings of {embedder.dimension} numbers written to {output}")
+
+
+def read_inputs(path: str | os.PathLike) -> list[MultimodalInput]:
+    """Read a jsonl file of inputs; empty lines do not count.
+
+    Raises:
+      UserError: if the file cannot be read, or listing every line that is no input, or whose
+        images are missing or not readable, by line number.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    inputs, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = read_line(line).relative_to(path.parent)
+            trouble = item.problem()
+            if trouble is not None:
+                raise UserError(trouble)
+            for image in item.images:
+                image_size(image)
+            inputs.append(item)
+        except UserError as error:
+            problems.append(f"line {number}: {error}")
+    raise_problems(f"{path} has bad lines", problems)
+    return inputs
+
+
+def read_line(line: str) -> MultimodalInput:
+    """One line of the input file.
+
+    Raises:
+      UserError: if it is no JSON object with `text` and/or `images`.
+    """
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"must be a JSON object, not {type(value).__name__}")
+    return MultimodalInput.of(value)
+
+
+def write_npz(path: Path, embeddings: Any) -> None:
+    """Write under a temporary name and rename: whole or not at all."""
+    import numpy as np
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, embeddings=embeddings)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run(main, define)

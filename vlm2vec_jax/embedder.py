@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Embedder`: any mixture of texts and images in, one unit vector each out."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.inputs import EncodedInput, MultimodalInput
+from vlm2vec_jax.models.base import Processor
+from vlm2vec_jax.models.folders import ModelSource, locate
+from vlm2vec_jax.models.loading import Model, add_adapter, fill, flatten, load_model, split_trainable
+from vlm2vec_jax.nn.compute import Compute
+from vlm2vec_jax.nn.linear import refresh_dora_norms
+from vlm2vec_jax.packing import (
+    TEXT_ROW_TOKENS,
+    VISUAL_ROW_TOKENS,
+    PackedBatch,
+    RowShape,
+    fill as fill_rows,
+    plan,
+    row_batches,
+    unpack,
+)
+from vlm2vec_jax.parallel.mesh import batch_spec, row_shards
+from vlm2vec_jax.record import identity
+from vlm2vec_jax.training.checkpoint import Checkpoints
+from vlm2vec_jax.weights.adapter_config import base_difference, config_from_dict, resolve
+from vlm2vec_jax.weights.adapters import load_adapter
+
+DTYPES = ("bfloat16", "float32")
+BATCH_TOKENS = {"cpu": 4096}
+"""Tokens of one call by platform, rows included; accelerators take 16384."""
+
+
+class Embedder:
+    """A model ready to embed.
+
+    An embedding does not depend on what else is embedded with it, in which order, or on how many
+    devices (up to float32 rounding).
+    """
+
+    def __init__(self, model: Model, processor: Processor, compute: Compute, mesh: Mesh | None):
+        """Use `Embedder.from_pretrained`; this takes what it has loaded."""
+        self.processor = processor
+        self.backbone = model.backbone.name
+        self.dimension = model.backbone.width(model.config)
+        self._max_tokens = model.backbone.max_tokens(model.config)
+        self._mesh = mesh
+        self._compute = compute
+        # DoRA's norms depend on weights alone, and these stay.
+        refresh_dora_norms(model.module)
+        graphdef, self._state = nnx.split(model.module)
+        self._embed = jax.jit(functools.partial(_embed, graphdef, compute))
+        self._identity: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        adapter: str | os.PathLike | None = None,
+        dtype: str = "bfloat16",
+        mesh: Mesh | None = None,
+        *,
+        num_crops: int | None = None,
+        max_len: int | None = None,
+        attention: str = "auto",
+    ) -> Embedder:
+        """Load a model.
+
+        Args:
+          path: HF folder, training output folder (its newest good checkpoint is used), PEFT
+            adapter folder, or hub id.
+          adapter: PEFT folder or training output with an adapter, on top of `path`.
+          dtype: `bfloat16`, or `float32` for the reference's numbers.
+          mesh: devices to spread rows over (`parallel.mesh.make_mesh`); None: the first one.
+          num_crops: most sub-images per image; by default what the model was trained with, or
+            its folder says.
+          max_len: most tokens of a text; by default as trained, or the tokenizer's limit.
+          attention: kernel, see `nn.attention`.
+
+        Raises:
+          UserError: for whatever is wrong with the folders, in words.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
+        source = locate(path, adapter)
+        model, trained_as = load_source(source, dtype=dtype, mesh=mesh)
+        settings = (source.record or {}).get("processor", {})
+        processor = model.backbone.processor(
+            source.base,
+            model.config,
+            num_crops=num_crops or settings.get("num_crops"),
+            max_len=max_len or settings.get("max_len"),
+        )
+        embedder = cls(model, processor, Compute(dtype, attention), mesh)  # type: ignore[arg-type]
+        embedder._identity = {"base": identity(source.base), **trained_as}
+        return embedder
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides an embedding besides its input: stored vectors are kept by it."""
+        return {
+            "backbone": self.backbone,
+            **self._identity,
+            "dtype": self._compute.dtype,
+            "processor": self.processor.settings,
+            "tokenizer": self.processor.tokenizer_hash,
+        }
+
+    def encode(
+        self,
+        inputs: Any,
+        batch_tokens: int | None = None,
+        progress: bool | Callable[[int], Any] = False,
+    ) -> np.ndarray:
+        """Embed.
+
+        Args:
+          inputs: a list of what `MultimodalInput.of` takes: str, PIL image, pathlib.Path, dict
+            with `text` and `images`, MultimodalInput.
+          batch_tokens: tokens of one call on all devices together; bounds memory, changes no
+            result.
+          progress: show a bar, or call this with the number of inputs finished.
+
+        Returns:
+          float32 [N, D], unit length, in input order; [0, D] for no inputs.
+
+        Raises:
+          UserError: listing every input that cannot be read or is too long.
+        """
+        items = self._items(inputs)
+        out = np.zeros((len(items), self.dimension), np.float32)
+        if not items:
+            return out
+        with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            sizes = _collect(pool.map(_attempt(self.processor.length), items), "cannot be read")
+            with _progress(progress, len(items)) as advance:
+                for batch, count in self._batches(items, sizes, batch_tokens, pool):
+                    unpack(np.asarray(self._embed(self._state, self._put(batch))), batch.slot, out)
+                    advance(count)
+        return out
+
+    def encode_encoded(self, encoded: Sequence[EncodedInput]) -> np.ndarray:
+        """Embed what the processor has already encoded, float32 [N, D]."""
+        sizes = [(len(item), item.units) for item in encoded]
+        out = np.zeros((len(encoded), self.dimension), np.float32)
+        for rows, count, shape in self._rows(sizes, None):
+            batch = self._fill(rows, dict(enumerate(encoded)), shape, count)
+            unpack(np.asarray(self._embed(self._state, self._put(batch))), batch.slot, out)
+        return out
+
+    def _items(self, inputs: Any) -> list[MultimodalInput]:
+        if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Iterable):
+            raise UserError("encode takes a list of inputs; put a single one into a list")
+        items, problems = [], []
+        for number, value in enumerate(inputs):
+            try:
+                items.append(MultimodalInput.of(value))
+            except UserError as error:
+                problems.append(f"input {number}: {error}")
+        raise_problems("some inputs are not understood", problems)
+        return items
+
+    def _rows(self, sizes, batch_tokens) -> Iterator[tuple[list[list[int]], int, RowShape]]:
+        platform = jax.devices()[0].platform
+        budget = batch_tokens or BATCH_TOKENS.get(platform, 16384)
+        shards = 1 if self._mesh is None else row_shards(self._mesh)
+        lengths = [tokens for tokens, _ in sizes]
+        units = [count for _, count in sizes]
+        # No row need be longer than what one device takes at a time, unless an input is.
+        share = max(budget // shards, 128)
+        planned = plan(
+            lengths,
+            units,
+            row_tokens=min(TEXT_ROW_TOKENS, share),
+            visual_row_tokens=min(VISUAL_ROW_TOKENS, share),
+            max_row_tokens=self._max_tokens,
+            shrink=True,
+        )
+        for group in planned.groups:
+            rows = max(budget // group.shape.tokens, 1)
+            for part in row_batches(group, rows, row_multiple=shards):
+                yield part.rows, part.num_rows, group.shape
+
+    def _batches(
+        self, items, sizes, batch_tokens, pool
+    ) -> Iterator[tuple[PackedBatch, int]]:
+        """Packed batches in turn, the next one's images being decoded while one is computed."""
+
+        def start(rows):
+            indices = [i for row in rows for i in row]
+            encode = _attempt(self.processor.encode)
+            return indices, pool.map(encode, [items[i] for i in indices])
+
+        def finish(indices, results, rows, count, shape):
+            encoded = _collect(results, "cannot be read", indices)
+            return self._fill(rows, dict(zip(indices, encoded, strict=True)), shape, count)
+
+        waiting = None
+        for rows, count, shape in self._rows(sizes, batch_tokens):
+            started = (*start(rows), rows, count, shape)
+            if waiting is not None:
+                yield finish(*waiting), len(waiting[0])
+            waiting = started
+        if waiting is not None:
+            yield finish(*waiting), len(waiting[0])
+
+    def _fill(self, rows, encoded, shape: RowShape, count: int) -> PackedBatch:
+        return fill_rows(rows, encoded, shape, self.processor.visual_layout, num_rows=count)
+
+    def _put(self, batch: PackedBatch) -> PackedBatch:
+        if self._mesh is None:
+            return jax.tree.map(jnp.asarray, batch)
+        placed = NamedSharding(self._mesh, batch_spec())
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, placed), batch)
+
+
+def _embed(graphdef, compute: Compute, state, batch: PackedBatch) -> jax.Array:
+    return nnx.merge(graphdef, state)(batch, compute)
+
+
+def load_source(
+    source: ModelSource, *, dtype: str, mesh: Mesh | None
+) -> tuple[Model, dict[str, Any]]:
+    """A model with its adapter or trained leaves in place, and what identifies these."""
+    model = load_model(source.base, dtype_of=lambda path: jnp.dtype(dtype), mesh=mesh)
+    if source.adapter is not None:
+        adapter = load_adapter(source.adapter, model.table, flatten(model.module))
+        difference = base_difference(adapter.config, source.base)
+        if difference:
+            import warnings
+
+            warnings.warn(difference, stacklevel=3)
+        add_adapter(
+            model.module,
+            adapter.linears,
+            dora=adapter.config.dora,
+            dropout=adapter.config.dropout,
+            tensors=adapter.tensors,
+            mesh=mesh,
+        )
+        return model, {"adapter": identity(source.adapter)}
+    if source.trained is not None:
+        return model, _restore(model, source, mesh)
+    return model, {}
+
+
+def _restore(model: Model, source: ModelSource, mesh: Mesh | None) -> dict[str, Any]:
+    """Put the newest checkpoint's trained leaves into a model."""
+    record = source.record or {}
+    spec = record["adapter"]
+    if spec is not None:
+        config = config_from_dict(spec)
+        add_adapter(
+            model.module, resolve(config, model.table), dora=config.dora, dropout=0.0, mesh=mesh
+        )
+    _, params, _ = split_trainable(model, full=spec is None)
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+        for path, leaf in flatten(params).items()
+    }
+    with Checkpoints(Path(source.trained or "") / "checkpoints", read_only=True) as checkpoints:
+        found = checkpoints.restore_latest({"params": abstract}, partial=True)
+    if found is None:
+        raise UserError(f"{source.trained} holds no checkpoint yet")
+    step, state, _ = found
+    leaves = flatten(model.module)
+    leaves |= {path: new.astype(leaves[path].dtype) for path, new in state["params"].items()}
+    model.module = fill(model.module, leaves)
+    return {"trained": str(record.get("run", "")), "step": step}
+
+
+def _attempt(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function, with a user's mistake returned instead of raised, to be listed with others."""
+
+    def attempt(item):
+        try:
+            return function(item)
+        except (UserError, OSError) as error:
+            return UserError(str(error))
+
+    return attempt
+
+
+def _collect(results: Iterable[Any], trouble: str, numbers: Sequence[int] | None = None) -> list:
+    results = list(results)
+    numbers = range(len(results)) if numbers is None else numbers
+    pairs = zip(numbers, results, strict=True)
+    problems = [f"input {n}: {r}" for n, r in pairs if isinstance(r, UserError)]
+    raise_problems(f"some inputs {trouble}", problems)
+    return results
+
+
+class _progress:  # noqa: N801 (used like a function)
+    """`advance(n)` that feeds a rich bar, a callback, or nothing."""
+
+    def __init__(self, wanted: bool | Callable[[int], Any], total: int):
+        self._wanted, self._total, self._bar = wanted, total, None
+
+    def __enter__(self) -> Callable[[int], Any]:
+        if callable(self._wanted):
+            return self._wanted
+        if not self._wanted:
+            return lambda count: None
+        from rich.progress import Progress
+
+        self._bar = Progress(transient=True)
+        self._bar.start()
+        task = self._bar.add_task("embedding", total=self._total)
+        return lambda count: self._bar.advance(task, count) if self._bar else None
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

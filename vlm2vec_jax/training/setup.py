@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a run, made from its configuration: what `train.py` puts together in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vlm2vec_jax import config as config_lib
+from vlm2vec_jax.config import Config
+from vlm2vec_jax.data import mmeb, verify
+from vlm2vec_jax.data.mixture import Mixture
+from vlm2vec_jax.data.pipeline import Batches, BatchStats
+from vlm2vec_jax.data.pipeline import batches as read_batches
+from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.models.base import Processor
+from vlm2vec_jax.models.folders import local_folder
+from vlm2vec_jax.models.loading import Model, add_adapter, flatten, load_model
+from vlm2vec_jax.nn.compute import Compute
+from vlm2vec_jax.record import NAME, make_record, write_json
+from vlm2vec_jax.training.batching import BatchPacker, PackedStep, RowSizes, Size, choose_rows
+from vlm2vec_jax.training.checkpoint import Checkpoints
+from vlm2vec_jax.training.fingerprint import explain_difference
+from vlm2vec_jax.training.optimizer import AdamW, make_schedule
+from vlm2vec_jax.training.state import Trainer
+from vlm2vec_jax.training.step import TrainBatch
+from vlm2vec_jax.weights.adapter_config import AdapterConfig, peft_config, resolve
+from vlm2vec_jax.weights.adapters import load_adapter
+
+CHUNK_TOKENS = {"cpu": 4096}
+"""Tokens that a device embeds at a time, by platform; accelerators take 16384."""
+
+_SAMPLED_BATCHES = 4
+_SAMPLED_PAIRS = 2048
+
+
+@dataclasses.dataclass
+class Data:
+    """The training data: the mixture and what there is to say about it."""
+
+    mixture: Mixture
+    batch_size: int
+    remarks: list[str]
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which rows come when."""
+        return self.mixture.fingerprint(self.batch_size)
+
+
+def prepare_output(config: Config) -> Path:
+    """Make the output folder.
+
+    Raises:
+      UserError: if it cannot be made, or holds checkpoints that are not to be resumed from.
+    """
+    output = Path(config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the output folder {output}: {error}") from None
+    checkpoints = output / "checkpoints"
+    if not config.checkpoint.resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        raise UserError(
+            f"{output} holds checkpoints of an earlier run; choose another output, remove it, or "
+            f"leave checkpoint.resume on"
+        )
+    return output
+
+
+def open_data(config: Config) -> Data:
+    """Open and verify the subsets.
+
+    Raises:
+      UserError: listing what is wrong with files, columns, rows and images.
+    """
+    sources = mmeb.open_train(
+        config.data.path,
+        config_lib.subset_names(config),
+        config.data.split,
+        image_root=config.data.image_root,
+        limit=config.data.max_examples_per_subset,
+    )
+    remarks = []
+    if config.data.on_bad_example == "skip":
+        good = verify.good_rows(sources, config.data.image_root or None, headers=True)
+        for subset, reasons in good.skipped.items():
+            told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+            remarks.append(f"{subset}: rows left out: {told}")
+        sources = [source for source in good.sources if len(source)]
+    else:
+        verify.report(
+            verify.verify_train(sources, config.data.image_root or None, headers=True),
+            advice="--config.data.on_bad_example=skip leaves such rows out and counts them.",
+        )
+    return Data(Mixture(sources, config.seed), config.batch_size, remarks)
+
+
+def load(config: Config, mesh: Mesh) -> tuple[Model, Processor, AdapterConfig | None]:
+    """Load the model, put the adapter on, set up the processor."""
+    folder = local_folder(config.model.path)
+    full = config.adapter.type == "none"
+    dtype = jnp.dtype(config.model.dtype)
+    model = load_model(
+        folder,
+        # What full fine-tuning trains has float32 masters.
+        dtype_of=lambda path: jnp.dtype("float32") if full else dtype,
+        mesh=mesh,
+    )
+    adapter = None if full else _adapt(config, model, mesh)
+    processor = model.backbone.processor(
+        folder,
+        model.config,
+        num_crops=config.data.num_crops or None,
+        max_len=config.data.max_len or None,
+    )
+    return model, processor, adapter
+
+
+def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
+    wanted = config.adapter
+    if config.model.adapter:
+        trained = load_adapter(
+            local_folder(config.model.adapter), model.table, flatten(model.module)
+        )
+        if trained.config.kind != wanted.type:
+            raise UserError(
+                f"{config.model.adapter} is a {trained.config.kind} adapter, but adapter.type is "
+                f"{wanted.type}"
+            )
+        add_adapter(
+            model.module,
+            trained.linears,
+            dora=trained.config.dora,
+            dropout=wanted.dropout,
+            tensors=trained.tensors,
+            mesh=mesh,
+        )
+        return dataclasses.replace(trained.config, dropout=wanted.dropout)
+    adapter = AdapterConfig(
+        rank=wanted.rank,
+        alpha=wanted.alpha,
+        dropout=wanted.dropout,
+        targets=config_lib.target_names(config),
+        dora=wanted.type == "dora",
+        base=config.model.path,
+    )
+    add_adapter(
+        model.module,
+        resolve(adapter, model.table),
+        dora=adapter.dora,
+        dropout=adapter.dropout,
+        seed=config.seed,
+        mesh=mesh,
+    )
+    return adapter
+
+
+def record_of(
+    config: Config, model: Model, processor: Processor, adapter: AdapterConfig | None
+) -> dict[str, Any]:
+    """`vlm2vec.json` of this run."""
+    return {
+        **make_record(
+            backbone=model.backbone.name,
+            base=config.model.path,
+            processor=processor.settings,
+            temperature=config.temperature,
+            adapter=None if adapter is None else peft_config(adapter, table=model.table),
+        ),
+        "run": config_lib.fingerprint(config)[:16],
+    }
+
+
+def choose_packing(
+    config: Config, data: Data, processor: Processor, model: Model, shards: int
+) -> tuple[RowSizes, bool]:
+    """Row lengths, and whether a whole batch fits in one chunk, from a sample of the data."""
+    sizes = sample_sizes(data, processor)
+    rows = choose_rows(
+        sizes,
+        longest=model.backbone.max_tokens(model.config),
+        row_tokens=config.packing.row_tokens,
+    )
+    tokens = 2 * config.batch_size * float(np.mean([t for t, _ in sizes]))
+    fits = tokens <= 0.9 * chunk_tokens(config) * shards
+    return rows, config.grad_cache == "off" or (config.grad_cache == "auto" and fits)
+
+
+def sample_sizes(data: Data, processor: Processor) -> list[Size]:
+    """Sizes of both sides of the first batches; rows that cannot be read do not count here."""
+    sizes = []
+    for step in range(_SAMPLED_BATCHES):
+        for source, row in data.mixture.batch_indices(step, data.batch_size):
+            found = data.mixture.sources[source]
+            at = int(np.searchsorted(found.rows, row))
+            try:
+                example = found[at]
+                sizes += [processor.length(example.query), processor.length(example.positive)]
+            except (UserError, OSError):
+                continue
+            if len(sizes) >= 2 * _SAMPLED_PAIRS:
+                return sizes
+    if not sizes:
+        raise UserError("none of the first rows of the data can be read")
+    return sizes
+
+
+def chunk_tokens(config: Config) -> int:
+    """Tokens that one device embeds at a time."""
+    platform = jax.devices()[0].platform
+    return config.packing.chunk_tokens or CHUNK_TOKENS.get(platform, 16384)
+
+
+def packer(
+    config: Config, rows: RowSizes, plain: bool, processor: Processor, shards: int
+) -> BatchPacker:
+    """What packs every batch of the run."""
+    return BatchPacker(
+        rows,
+        processor.visual_layout,
+        chunk_tokens=None if plain else chunk_tokens(config) * shards,
+        row_multiple=shards,
+    )
+
+
+def compute(config: Config) -> Compute:
+    """How the model computes."""
+    return Compute(config.model.dtype, config.attention, config.remat)  # type: ignore[arg-type]
+
+
+def trainer(config: Config, model: Model, mesh: Mesh) -> Trainer:
+    """State and optimizer, before the first step."""
+    optim = config.optim
+    schedule = make_schedule(optim.schedule, optim.lr, optim.warmup_steps, config.steps)
+    optimizer = AdamW(
+        schedule,
+        weight_decay=optim.weight_decay,
+        clip_norm=optim.clip_norm,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+    )
+    return Trainer.create(model, optimizer, mesh, full=config.adapter.type == "none")
+
+
+def run_identity(config: Config, data: Data) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that resumes from it."""
+    return {"config": config_lib.to_dict(config), "mixture": data.fingerprint}
+
+
+def resume(config: Config, checkpoints: Checkpoints, trainer: Trainer, data: Data) -> int:
+    """Put the newest good checkpoint into the trainer; returns the steps already done.
+
+    Raises:
+      UserError: if the checkpoint belongs to another configuration or other data, field by field.
+    """
+    meta = checkpoints.read_meta()
+    if meta is not None:
+        before = config_lib.from_dict(meta["config"])
+        problems = config_lib.diff(before, config, deciding_only=True)
+        now = data.fingerprint
+        problems += [f"data: {line}" for line in explain_difference(meta["mixture"], now)]
+        raise_problems(
+            f"{config.output} was trained with another configuration or other data",
+            problems,
+            advice="Use the old settings, or another output.",
+        )
+    found = checkpoints.restore_latest(trainer.saved())
+    if found is None:
+        return 0
+    step, state, _ = found
+    trainer.restore(state)
+    return step
+
+
+def write_records(output: Path, config: Config, record: dict[str, Any]) -> None:
+    """Write config.json and vlm2vec.json."""
+    write_json(output / "config.json", config_lib.to_dict(config))
+    write_json(output / NAME, record)
+
+
+def batches(
+    config: Config, data: Data, processor: Processor, packer: BatchPacker, done: int
+) -> Batches:
+    """Packed batches from the first step that is still to do."""
+    return read_batches(
+        data.mixture,
+        config.batch_size,
+        start_step=done,
+        encode=processor.encode,
+        pack=packer,
+        workers=config.data.workers or min(16, os.cpu_count() or 1),
+        on_bad_example=config.data.on_bad_example,  # type: ignore[arg-type]
+    )
+
+
+def train_batch(packed: PackedStep, stats: BatchStats) -> TrainBatch:
+    """What the step takes; content hashes become small numbers, as jax has no 64-bit ones."""
+    ids = np.unique(stats.target_id, return_inverse=True)[1].reshape(-1).astype(np.int32)
+    return TrainBatch(packed.groups, ids)
