@@ -7,8 +7,8 @@ import pytest
 from golden_batches import golden_batch, load_npz, rope_table
 
 from vlm2vec_jax.models.loading import abstract_model, flatten, load_model
-from vlm2vec_jax.models.phi3v.vision import merge_patches, with_global_views
 from vlm2vec_jax.models.phi3v.hd_transform import crop_info, global_view_numpy, hd_geometry
+from vlm2vec_jax.models.phi3v.vision import merge_patches, with_global_views
 from vlm2vec_jax.nn.compute import Compute
 
 BATCHES = [

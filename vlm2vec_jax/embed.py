@@ -18,7 +18,7 @@ from absl import flags
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.flags import run
 from vlm2vec_jax.images import image_size
-from vlm2vec_jax.inputs import MultimodalInput
+from vlm2vec_jax.inputs import BadInputs, MultimodalInput
 
 
 def define(values: flags.FlagValues) -> None:
@@ -44,11 +44,8 @@ def define(values: flags.FlagValues) -> None:
 def main(args: Any) -> None:
     """Read, embed, write."""
     output = Path(args.output)
-    if output.suffix != ".npz":
-        raise UserError(f"--output must end in .npz, not {output.name}")
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"cannot write {output}: its folder must exist, and it must be no folder")
-    inputs = read_inputs(args.input)
+    check_output(output)
+    inputs, lines = read_inputs(args.input)
 
     from vlm2vec_jax.embedder import Embedder
 
@@ -59,13 +56,37 @@ def main(args: Any) -> None:
         num_crops=args.num_crops,
         max_len=args.max_len,
     )
-    embeddings = embedder.encode(inputs, batch_tokens=args.batch_tokens, progress=True)
+    try:
+        embeddings = embedder.encode(inputs, batch_tokens=args.batch_tokens, progress=True)
+    except BadInputs as error:  # what only decoding shows: truncated images, too long inputs
+        problems = [f"line {lines[n]}: {reason}" for n, reason in error.problems.items()]
+        raise_problems(f"{args.input} has bad lines", problems, advice=error.advice)
+        raise
     write_npz(output, embeddings)
     print(f"{len(inputs)} embeddings of {embedder.dimension} numbers written to {output}")
 
 
-def read_inputs(path: str | os.PathLike) -> list[MultimodalInput]:
+def check_output(output: Path) -> None:
+    """Find out before anything is computed that the output cannot be written.
+
+    Raises:
+      UserError: saying why.
+    """
+    if output.suffix != ".npz":
+        raise UserError(f"--output must be the name of a file that ends in .npz, not {output}")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; give the name of a file in it")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: the folder {output.parent} cannot be written")
+
+
+def read_inputs(path: str | os.PathLike) -> tuple[list[MultimodalInput], list[int]]:
     """Read a jsonl file of inputs; empty lines do not count.
+
+    Returns:
+      The inputs, and the line of each, counted from 1.
 
     Raises:
       UserError: if the file cannot be read, or listing every line that is no input, or whose
@@ -73,11 +94,16 @@ def read_inputs(path: str | os.PathLike) -> list[MultimodalInput]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    inputs, problems = [], []
-    for number, line in enumerate(lines, start=1):
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--input {path} cannot be read: {error.strerror}") from None
+    inputs, numbers, problems = [], [], []
+    for number, encoded in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            line = encoded.decode("utf-8")
+        except UnicodeDecodeError as error:
+            problems.append(f"line {number}: not UTF-8 ({error.reason} at byte {error.start})")
+            continue
         if not line.strip():
             continue
         try:
@@ -88,10 +114,11 @@ def read_inputs(path: str | os.PathLike) -> list[MultimodalInput]:
             for image in item.images:
                 image_size(image)
             inputs.append(item)
+            numbers.append(number)
         except UserError as error:
             problems.append(f"line {number}: {error}")
     raise_problems(f"{path} has bad lines", problems)
-    return inputs
+    return inputs, numbers
 
 
 def read_line(line: str) -> MultimodalInput:
@@ -102,22 +129,34 @@ def read_line(line: str) -> MultimodalInput:
     """
     try:
         value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"must be a JSON object, not {type(value).__name__}")
+        raise UserError(
+            f'must be a JSON object such as {{"text": "...", "images": ["..."]}}, '
+            f"not {type(value).__name__}"
+        )
     return MultimodalInput.of(value)
 
 
 def write_npz(path: Path, embeddings: Any) -> None:
-    """Write under a temporary name and rename: whole or not at all."""
+    """Write under a temporary name and rename: whole or not at all.
+
+    Raises:
+      UserError: if the disk does not take it; an earlier file of the name stays as it was.
+    """
     import numpy as np
 
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
             np.savez(file, embeddings=embeddings)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        kept = "; the file that was there is unchanged" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -14,13 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.inputs import EncodedInput, MultimodalInput
+from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.inputs import EncodedInput, MultimodalInput, raise_bad_inputs
 from vlm2vec_jax.models.base import Processor
 from vlm2vec_jax.models.folders import ModelSource, locate
-from vlm2vec_jax.models.loading import Model, add_adapter, fill, flatten, load_model, split_trainable
+from vlm2vec_jax.models.loading import (
+    Model,
+    add_adapter,
+    fill,
+    flatten,
+    load_model,
+    split_trainable,
+)
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.linear import refresh_dora_norms
 from vlm2vec_jax.packing import (
@@ -28,10 +35,12 @@ from vlm2vec_jax.packing import (
     VISUAL_ROW_TOKENS,
     PackedBatch,
     RowShape,
-    fill as fill_rows,
     plan,
     row_batches,
     unpack,
+)
+from vlm2vec_jax.packing import (
+    fill as fill_rows,
 )
 from vlm2vec_jax.parallel.mesh import batch_spec, row_shards
 from vlm2vec_jax.record import identity
@@ -137,14 +146,14 @@ class Embedder:
           float32 [N, D], unit length, in input order; [0, D] for no inputs.
 
         Raises:
-          UserError: listing every input that cannot be read or is too long.
+          BadInputs: listing every input that cannot be read or is too long, by number.
         """
         items = self._items(inputs)
         out = np.zeros((len(items), self.dimension), np.float32)
         if not items:
             return out
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            sizes = _collect(pool.map(_attempt(self.processor.length), items), "cannot be read")
+            sizes = self._sizes(items, pool)
             with _progress(progress, len(items)) as advance:
                 for batch, count in self._batches(items, sizes, batch_tokens, pool):
                     unpack(np.asarray(self._embed(self._state, self._put(batch))), batch.slot, out)
@@ -163,14 +172,36 @@ class Embedder:
     def _items(self, inputs: Any) -> list[MultimodalInput]:
         if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Iterable):
             raise UserError("encode takes a list of inputs; put a single one into a list")
-        items, problems = [], []
+        items, problems = [], {}
         for number, value in enumerate(inputs):
             try:
                 items.append(MultimodalInput.of(value))
             except UserError as error:
-                problems.append(f"input {number}: {error}")
-        raise_problems("some inputs are not understood", problems)
+                problems[number] = str(error)
+                continue
+            problem = items[-1].problem()
+            if problem:
+                problems[number] = problem
+        raise_bad_inputs("some inputs cannot be embedded", problems)
         return items
+
+    def _sizes(self, items, pool) -> list[tuple[int, int]]:
+        """Tokens and visual units of every input, after checking that each can be embedded."""
+        sizes = list(pool.map(_attempt(self.processor.length), items))
+        problems = _problems(sizes)
+        raise_bad_inputs("some inputs cannot be read", problems)
+        problems = {
+            number: f"{tokens} tokens are more than the {self._max_tokens} that the model takes"
+            for number, (tokens, _) in enumerate(sizes)
+            if tokens > self._max_tokens
+        }
+        raise_bad_inputs(
+            "some inputs are too long",
+            problems,
+            advice=f"max_len (at most {self._max_tokens}) cuts texts. An input with images is "
+            f"never cut: shorten its text, give it fewer images, or lower num_crops.",
+        )
+        return sizes
 
     def _rows(self, sizes, batch_tokens) -> Iterator[tuple[list[list[int]], int, RowShape]]:
         platform = jax.devices()[0].platform
@@ -193,9 +224,7 @@ class Embedder:
             for part in row_batches(group, rows, row_multiple=shards):
                 yield part.rows, part.num_rows, group.shape
 
-    def _batches(
-        self, items, sizes, batch_tokens, pool
-    ) -> Iterator[tuple[PackedBatch, int]]:
+    def _batches(self, items, sizes, batch_tokens, pool) -> Iterator[tuple[PackedBatch, int]]:
         """Packed batches in turn, the next one's images being decoded while one is computed."""
 
         def start(rows):
@@ -204,7 +233,9 @@ class Embedder:
             return indices, pool.map(encode, [items[i] for i in indices])
 
         def finish(indices, results, rows, count, shape):
-            encoded = _collect(results, "cannot be read", indices)
+            encoded = list(results)
+            if _problems(encoded):
+                self._complain(items, pool)
             return self._fill(rows, dict(zip(indices, encoded, strict=True)), shape, count)
 
         waiting = None
@@ -215,6 +246,16 @@ class Embedder:
             waiting = started
         if waiting is not None:
             yield finish(*waiting), len(waiting[0])
+
+    def _complain(self, items, pool) -> None:
+        """Raise for all inputs that cannot be decoded, once it is known that there are some."""
+
+        def without_result(item):
+            self.processor.encode(item)
+
+        problems = _problems(pool.map(_attempt(without_result), items))
+        raise_bad_inputs("some inputs cannot be read", problems)
+        raise UserError("an input could not be read, but now it can: did a file change meanwhile?")
 
     def _fill(self, rows, encoded, shape: RowShape, count: int) -> PackedBatch:
         return fill_rows(rows, encoded, shape, self.processor.visual_layout, num_rows=count)
@@ -293,13 +334,9 @@ def _attempt(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return attempt
 
 
-def _collect(results: Iterable[Any], trouble: str, numbers: Sequence[int] | None = None) -> list:
-    results = list(results)
-    numbers = range(len(results)) if numbers is None else numbers
-    pairs = zip(numbers, results, strict=True)
-    problems = [f"input {n}: {r}" for n, r in pairs if isinstance(r, UserError)]
-    raise_problems(f"some inputs {trouble}", problems)
-    return results
+def _problems(results: Iterable[Any]) -> dict[int, str]:
+    """The mistakes among results of `_attempt`, by number."""
+    return {n: str(r) for n, r in enumerate(results) if isinstance(r, UserError)}
 
 
 class _progress:  # noqa: N801 (used like a function)

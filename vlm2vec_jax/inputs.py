@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.errors import UserError, raise_problems
 
 ImageLike = Image.Image | str | os.PathLike
 """An image in memory, or the path of one."""
@@ -105,6 +105,8 @@ class MultimodalInput:
         n = len(self.images)
         if sorted(numbers) != list(range(1, n + 1)):
             found = ", ".join(f"<|image_{k}|>" for k in numbers) or "none"
+            if not n:
+                return f"the text has the marker {found} but there is no image"
             return (
                 f"{n} image(s) but markers {found}; the text needs each of "
                 f"<|image_1|> ... <|image_n|> exactly once"
@@ -151,3 +153,26 @@ class VisualLayout:
     shared_features: int
     features_per_unit: int
     units: dict[str, tuple[tuple[int, ...], str]]
+
+
+class BadInputs(UserError):
+    """Some of a list of inputs cannot be used.
+
+    Attributes:
+      problems: what is wrong with each, by its number in the list, for callers that know where
+        an input came from (a line of a file, a row of a table).
+      advice: what to do.
+    """
+
+    def __init__(self, message: str, problems: Mapping[int, str], advice: str = ""):
+        super().__init__(message)
+        self.problems, self.advice = dict(problems), advice
+
+
+def raise_bad_inputs(title: str, problems: Mapping[int, str], *, advice: str = "") -> None:
+    """Raise one `BadInputs` that lists inputs by number; nothing happens if there is none."""
+    ordered = dict(sorted(problems.items()))
+    try:
+        raise_problems(title, [f"input {n}: {p}" for n, p in ordered.items()], advice=advice)
+    except UserError as error:
+        raise BadInputs(str(error), ordered, advice) from None

@@ -24,7 +24,7 @@ def make_record(
     backbone: str,
     base: str | os.PathLike,
     processor: dict[str, Any],
-    temperature: float,
+    temperature: float | None,
     adapter: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The record of a model that is about to be trained.
@@ -33,7 +33,7 @@ def make_record(
       backbone: HF's `model_type`.
       base: folder or hub id of the base model, as the user gave it.
       processor: the processor's settings (crops, max_len, ...).
-      temperature: of the contrastive loss.
+      temperature: of the contrastive loss; None where it is not known.
       adapter: type, rank, alpha, dropout, targets; None where every parameter is trained.
     """
     local = Path(base)
@@ -73,11 +73,20 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it: whole or not at all."""
+    """Write JSON under a temporary name and rename it: whole or not at all.
+
+    Raises:
+      UserError: if the disk does not take it; an earlier file of the name stays as it was.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def identity(folder: str | Path) -> str:

@@ -10,16 +10,13 @@ on after an interruption, from the newest good checkpoint.
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from vlm2vec_jax import config as config_lib
 from vlm2vec_jax.config import Config
-from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.flags import define_config, experiment, run
 
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlm2vec_jax.data.mmeb import to_input
-from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.evaluation import mmeb, store
 from vlm2vec_jax.evaluation.store import Key
-from vlm2vec_jax.inputs import MultimodalInput
+from vlm2vec_jax.inputs import BadInputs, MultimodalInput
 
 INPUTS_AT_ONCE = 512
 """A dataset of MMEB has more, and is embedded by itself; smaller ones share a call."""
@@ -187,7 +187,15 @@ class Embedding:
     def _flush(self, waiting: list[Plan], fresh: dict[Identity, MultimodalInput], done) -> None:
         vectors = dict(self.held)
         if fresh:
-            matrix = np.asarray(self.encoder.encode(list(fresh.values()), **self.options))
+            try:
+                matrix = np.asarray(self.encoder.encode(list(fresh.values()), **self.options))
+            except BadInputs as error:  # what only decoding shows, such as truncated images
+                names = list(fresh)
+                problems = [
+                    f"{_where(waiting, names[n])}: {p}" for n, p in error.problems.items()
+                ]
+                raise_problems("The data has bad rows", problems, advice=error.advice)
+                raise
             if matrix.ndim != 2 or len(matrix) != len(fresh):
                 raise ValueError(f"{len(fresh)} inputs gave embeddings of shape {matrix.shape}")
             bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
@@ -216,3 +224,19 @@ class Embedding:
                 self.held.setdefault(identity, np.array(vectors[key]))
             else:
                 self.held.pop(identity, None)
+
+
+def _where(plans: Sequence[Plan], identity: Identity) -> str:
+    """The first row that needs an input, in words."""
+    for plan in plans:
+        if identity not in plan.identities:
+            continue
+        key = plan.identities.index(identity)
+        row = next(
+            n
+            for n, query in enumerate(plan.query_index)
+            if query == key or key in plan.candidates[n]
+        )
+        at = getattr(plan.source, "at", lambda row: f"{plan.subset} row {row}")
+        return at(row)
+    raise ValueError("an input that no row has")

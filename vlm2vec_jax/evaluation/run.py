@@ -67,6 +67,7 @@ def evaluate(
     chosen, others = choose_subsets(data, subsets, output)
     sources = open_eval(data, chosen, image_root=image_root)
     verify.report(verify.verify_eval(sources, headers=True))
+    store.check_folder(output)
     kept = []
     for name in others:
         try:
@@ -94,7 +95,7 @@ def choose_subsets(
     """
     there = list_subsets(data, "test")
     if not there:
-        raise UserError(f"no subset of MMEB-eval's layout in {data}")
+        raise UserError(f"no subset of MMEB-eval's layout (<Subset>/test-*.parquet) in {data}")
     chosen, unknown = [], []
     for name in there if subsets is None else subsets:
         found = mmeb.find(name)

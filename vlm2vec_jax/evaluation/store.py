@@ -142,6 +142,22 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
                 os.unlink(temporary)
 
 
+def check_folder(folder: str | os.PathLike) -> None:
+    """Make an output folder, and find out before hours of work that nothing can be written to it.
+
+    Raises:
+      UserError: saying why.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise UserError(f"the output {folder} is a file; a folder is needed") from None
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

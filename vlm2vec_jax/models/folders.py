@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.record import read_record
+from vlm2vec_jax.record import identity, read_record
 from vlm2vec_jax.weights.adapter_config import CONFIG as ADAPTER_CONFIG
 from vlm2vec_jax.weights.adapter_config import read_config
 
@@ -34,7 +35,7 @@ class ModelSource:
     record: dict[str, Any] | None = None
 
 
-def locate(named: str | Path, adapter: str | Path | None = None) -> ModelSource:
+def locate(named: str | os.PathLike, adapter: str | os.PathLike | None = None) -> ModelSource:
     """Find the parts of a model.
 
     Args:
@@ -69,22 +70,26 @@ def locate(named: str | Path, adapter: str | Path | None = None) -> ModelSource:
     return ModelSource(str(named), folder, top, record=read_record(top) or record)
 
 
-def _trained(named: str | Path, folder: Path, record: dict[str, Any] | None) -> ModelSource:
+def _trained(named: str | os.PathLike, folder: Path, record: dict[str, Any] | None) -> ModelSource:
     if record is None:
         raise UserError(f"{folder} has checkpoints but no vlm2vec.json: is it whole?")
     base = record["base"]
-    for place in (base["path"], base["absolute"]):
-        if place and Path(place).is_dir():
-            return ModelSource(str(named), Path(place), trained=folder, record=record)
+    there = [Path(p) for p in (base["path"], base["absolute"]) if p and Path(p).is_dir()]
+    for place in there:
+        if base["identity"] in (None, identity(place)):
+            return ModelSource(str(named), place, trained=folder, record=record)
     if base["absolute"] is None:
         return ModelSource(str(named), local_folder(base["path"]), trained=folder, record=record)
+    trouble = "holds other weights now" if there else "is not there any more"
+    advice = "put it back" if record["adapter"] is None else (
+        f"put it back, or name where it is now: --model BASE --adapter {folder}"
+    )
     raise UserError(
-        f"{folder} was trained from the model in {base['path']}, which is not there any more; "
-        f"put it back, or export the run while its base is there"
+        f"{folder} was trained from the model in {base['path']}, which {trouble}; {advice}"
     )
 
 
-def local_folder(named: str | Path, near: Path | None = None) -> Path:
+def local_folder(named: str | os.PathLike, near: Path | None = None) -> Path:
     """The local folder of a path or hub id; a hub id is looked up in the cache or fetched.
 
     Args:

@@ -168,4 +168,5 @@ def split_trainable(model: Model, *, full: bool) -> tuple[Any, nnx.State, nnx.St
             return False
         return not model.backbone.is_unused(name)
 
-    return nnx.split(model.module, trained, ...)
+    graphdef, params, frozen = nnx.split(model.module, trained, ...)
+    return graphdef, params, frozen

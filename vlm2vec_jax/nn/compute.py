@@ -13,6 +13,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from vlm2vec_jax.parallel.sharding import is_cut, save_all_but_gathered
+
 AttentionKind = Literal["auto", "xla", "cudnn", "splash"]
 RematKind = Literal["none", "dots", "full"]
 
@@ -64,6 +66,9 @@ def scan_layers(
             "full": jax.checkpoint_policies.nothing_saveable,
         }[compute.remat]
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+    elif is_cut("fsdp"):
+        # Else the backward pass would keep every layer's gathered weights.
+        step = jax.checkpoint(step, prevent_cse=False, policy=save_all_but_gathered)
     return jax.lax.scan(step, x, (layers, keys))[0]
 
 

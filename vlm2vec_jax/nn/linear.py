@@ -48,8 +48,8 @@ class Linear(nnx.Module):
 
     def _adapt(self, x, y, kernel, key):
         dropped = x
-        drops = key is not None and self.lora_dropout > 0
-        if drops:
+        drops = self.lora_dropout > 0 and key is not None
+        if key is not None and drops:
             keep = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)
             dropped = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
         low = (dropped @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)

@@ -8,9 +8,10 @@ error that lists all such parameters at once.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.parallel.mesh import ROWS
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 """(regular expression for the whole path, spec); the first match wins."""
@@ -57,6 +59,104 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
         names = tuple(name for name in _names(entry) if name not in manual)
         kept.append(names if len(names) > 1 else (names[0] if names else None))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def is_cut(axis: str = "fsdp") -> bool:
+    """Whether the ambient mesh leaves it to the compiler to spread something over `axis`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get(axis, 1) == 1:
+        return False
+    return mesh.axis_types[mesh.axis_names.index(axis)] != AxisType.Manual
+
+
+def gathered(module: Any, path: str, rules: Rules, *, stacked: bool = False) -> Any:
+    """A part of a model with its weights whole over `fsdp`, for the time of its use.
+
+    Called inside the scan body, and so inside what is rematerialised, it makes the compiler
+    gather one layer at a time, again in the backward pass, and scatter that layer's gradient.
+    The cut over `tensor` stays.
+
+    Args:
+      module: any pytree of parameters; a layer is a slice of its stack.
+      path: of the module, as `decoder/layers`.
+      rules: see `Rules`; leaves that no rule matches or whose rule has no `fsdp` stay as they are.
+      stacked: the rules speak of the whole stack, whose leading axis is gone here.
+    """
+    if not is_cut():
+        return module
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(module)
+    out = []
+    for key, leaf in leaves:
+        name = jax.tree_util.keystr(key, simple=True, separator="/").removesuffix("/value")
+        name = f"{path}/{name}" if name else path
+        spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, name)), ())
+        if any("fsdp" in _names(entry) for entry in spec):
+            cut = tuple(spec)[1:] if stacked else tuple(spec)
+            whole = tuple(tuple(n for n in _names(e) if n != "fsdp") or None for e in cut)
+            leaf = _gather(leaf, cut, whole)
+        out.append(leaf)
+    return jax.tree.unflatten(treedef, out)
+
+
+# The gradient of a constraint is the same constraint, which would make every chip hold the whole
+# layer's gradient.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(leaf: jax.Array, cut: tuple, whole: tuple) -> jax.Array:
+    return constrain(leaf, *whole)
+
+
+def _gather_fwd(leaf, cut, whole):
+    return _gather(leaf, cut, whole), None
+
+
+def _gather_bwd(cut, whole, _, cotangent):
+    return (constrain(cotangent, *cut),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: keep everything but weights that were gathered."""
+    return primitive.name not in ("custom_vjp_call", "sharding_constraint")
+
+
+def by_rows(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Run a function on every chip's own rows, where weights are whole on every chip.
+
+    Under plain data parallelism nothing inside the function then talks to another chip, except
+    where it says so (`sum_over_rows`). On any other mesh, or none, the function is what it was,
+    on the rows of all chips, and the compiler decides.
+
+    Args:
+      function: of arrays only, no keyword arguments.
+      in_specs: as for `jax.shard_map`.
+      out_specs: as for `jax.shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.shape.get("data") != mesh.size:
+        return function
+    if any(kind == AxisType.Manual for kind in mesh.axis_types):
+        return function
+    # check_vma off: gradients shall stay each chip's own until they are added up.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def row_shard() -> jax.Array | None:
+    """Which share of the rows this is, i32 []; None outside of `by_rows`."""
+    return jax.lax.axis_index(ROWS) if _inside_by_rows() else None
+
+
+def sum_over_rows(tree: Any) -> Any:
+    """Add up every chip's share inside `by_rows`; elsewhere sums are whole already."""
+    return jax.lax.psum(tree, ROWS) if _inside_by_rows() else tree
+
+
+def _inside_by_rows() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(
+        kind == AxisType.Manual for kind in mesh.axis_types
+    )
 
 
 def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:

@@ -69,7 +69,9 @@ def choose_rows(sample: Sequence[Size], *, longest: int, row_tokens: int = 0) ->
         most = int(pictures.max()) if len(pictures) else _VISUAL_ROWS[0]
         rows = [n for n in _VISUAL_ROWS if n >= most] or list(_VISUAL_ROWS[-1:])
         visual = choose_row_tokens(lengths, units, candidates=rows, tolerance=0.03)
-    planned = plan(lengths, units, row_tokens=text, visual_row_tokens=visual, max_row_tokens=longest)
+    planned = plan(
+        lengths, units, row_tokens=text, visual_row_tokens=visual, max_row_tokens=longest
+    )
     groups = [group.shape for group in planned.groups]
     return RowSizes(
         text=text,

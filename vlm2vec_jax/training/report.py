@@ -56,7 +56,10 @@ def lines(
     trained, frozen = trainer.sizes()
     rows = [
         ("mesh", describe(mesh)),
-        ("model", f"{config.model.path} ({model.backbone.name}), computing in {config.model.dtype}"),
+        (
+            "model",
+            f"{config.model.path} ({model.backbone.name}), computing in {config.model.dtype}",
+        ),
         ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
     ]
     if adapter is not None:
@@ -97,7 +100,8 @@ def _batch(config: Config, mesh: Mesh, packer: BatchPacker) -> str:
         if packer.cached
         else "all of it at once"
     )
-    return f"{config.batch_size} pairs, each query against all {config.batch_size} targets; {how}; {shape}"
+    pairs = config.batch_size
+    return f"{pairs} pairs, each query against all {pairs} targets; {how}; {shape}"
 
 
 def _memory(

@@ -24,7 +24,7 @@ from vlm2vec_jax.models.base import Processor
 from vlm2vec_jax.models.folders import local_folder
 from vlm2vec_jax.models.loading import Model, add_adapter, flatten, load_model
 from vlm2vec_jax.nn.compute import Compute
-from vlm2vec_jax.record import NAME, make_record, write_json
+from vlm2vec_jax.record import NAME, identity, make_record, write_json
 from vlm2vec_jax.training.batching import BatchPacker, PackedStep, RowSizes, Size, choose_rows
 from vlm2vec_jax.training.checkpoint import Checkpoints
 from vlm2vec_jax.training.fingerprint import explain_difference
@@ -144,14 +144,7 @@ def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
             mesh=mesh,
         )
         return dataclasses.replace(trained.config, dropout=wanted.dropout)
-    adapter = AdapterConfig(
-        rank=wanted.rank,
-        alpha=wanted.alpha,
-        dropout=wanted.dropout,
-        targets=config_lib.target_names(config),
-        dora=wanted.type == "dora",
-        base=config.model.path,
-    )
+    adapter = new_adapter(config)
     add_adapter(
         model.module,
         resolve(adapter, model.table),
@@ -161,6 +154,19 @@ def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
         mesh=mesh,
     )
     return adapter
+
+
+def new_adapter(config: Config) -> AdapterConfig:
+    """The fresh adapter that a configuration asks for."""
+    wanted = config.adapter
+    return AdapterConfig(
+        rank=wanted.rank,
+        alpha=wanted.alpha,
+        dropout=wanted.dropout,
+        targets=config_lib.target_names(config),
+        dora=wanted.type == "dora",
+        base=config.model.path,
+    )
 
 
 def record_of(
@@ -198,11 +204,9 @@ def sample_sizes(data: Data, processor: Processor) -> list[Size]:
     """Sizes of both sides of the first batches; rows that cannot be read do not count here."""
     sizes = []
     for step in range(_SAMPLED_BATCHES):
-        for source, row in data.mixture.batch_indices(step, data.batch_size):
-            found = data.mixture.sources[source]
-            at = int(np.searchsorted(found.rows, row))
+        for source, position in data.mixture.batch_indices(step, data.batch_size).tolist():
             try:
-                example = found[at]
+                example = data.mixture.sources[source][position]
                 sizes += [processor.length(example.query), processor.length(example.positive)]
             except (UserError, OSError):
                 continue
@@ -236,18 +240,22 @@ def compute(config: Config) -> Compute:
     return Compute(config.model.dtype, config.attention, config.remat)  # type: ignore[arg-type]
 
 
-def trainer(config: Config, model: Model, mesh: Mesh) -> Trainer:
-    """State and optimizer, before the first step."""
+def optimizer(config: Config) -> AdamW:
+    """AdamW with its schedule."""
     optim = config.optim
     schedule = make_schedule(optim.schedule, optim.lr, optim.warmup_steps, config.steps)
-    optimizer = AdamW(
+    return AdamW(
         schedule,
         weight_decay=optim.weight_decay,
         clip_norm=optim.clip_norm,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
     )
-    return Trainer.create(model, optimizer, mesh, full=config.adapter.type == "none")
+
+
+def trainer(config: Config, model: Model, mesh: Mesh) -> Trainer:
+    """State and optimizer, before the first step."""
+    return Trainer.create(model, optimizer(config), mesh, full=config.adapter.type == "none")
 
 
 def run_identity(config: Config, data: Data) -> dict[str, Any]:
@@ -267,6 +275,9 @@ def resume(config: Config, checkpoints: Checkpoints, trainer: Trainer, data: Dat
         problems = config_lib.diff(before, config, deciding_only=True)
         now = data.fingerprint
         problems += [f"data: {line}" for line in explain_difference(meta["mixture"], now)]
+        trained_from = meta.get("record", {}).get("base", {}).get("identity")
+        if trained_from and trained_from != identity(local_folder(config.model.path)):
+            problems.append(f"model.path: {config.model.path} holds other weights than before")
         raise_problems(
             f"{config.output} was trained with another configuration or other data",
             problems,

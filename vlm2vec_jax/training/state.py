@@ -92,7 +92,8 @@ class Trainer:
 
     def sizes(self) -> tuple[int, int]:
         """Numbers trained and frozen."""
-        return tuple(
+        trained, frozen = (
             sum(leaf.size for leaf in flatten(tree).values())
             for tree in (self.state.params, self.frozen)
         )
+        return trained, frozen

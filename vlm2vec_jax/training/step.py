@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from vlm2vec_jax.losses.contrastive import contrastive_loss
 from vlm2vec_jax.nn.compute import Compute
-from vlm2vec_jax.nn.linear import DoraNorm, refresh_dora_norms
+from vlm2vec_jax.nn.linear import refresh_dora_norms
 from vlm2vec_jax.packing import ChunkedGroup, PackedBatch
 from vlm2vec_jax.parallel.mesh import ROWS
-from vlm2vec_jax.parallel.sharding import constrain
+from vlm2vec_jax.parallel.sharding import by_rows, constrain, row_shard, sum_over_rows
 from vlm2vec_jax.training.optimizer import AdamW
 
 
@@ -37,6 +38,10 @@ class TrainState(NamedTuple):
     step: Any
     params: Any
     opt: Any
+
+
+_GROUP = ChunkedGroup(batch=P(None, ROWS), num_chunks=P())  # type: ignore[arg-type]
+"""How a group of chunks is spread."""
 
 
 class TrainBatch(NamedTuple):
@@ -109,11 +114,17 @@ def loss_and_grads(
     graphdef, frozen = with_dora_norms(graphdef, params, frozen)
     pairs = batch.target_id.shape[0]
 
-    def embed(params, chunk: PackedBatch, place: tuple[int, Any]) -> jax.Array:
+    # All arrays come as arguments: `by_rows` allows nothing else.
+    fixed = (frozen, key)
+
+    def embed(params, fixed, chunk: PackedBatch, place: tuple[int, Any]) -> jax.Array:
+        frozen, key = fixed
         model = nnx.merge(graphdef, params, frozen)
         chunk_key = None
         if spec.dropout:
             chunk_key = jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1])
+            shard = row_shard()
+            chunk_key = chunk_key if shard is None else jax.random.fold_in(chunk_key, shard)
         return model(chunk, spec.compute, key=chunk_key)
 
     def objective(embeddings: jax.Array):
@@ -126,15 +137,14 @@ def loss_and_grads(
         )
 
     if not spec.cached:
-        return _plain(embed, objective, params, batch.groups, 2 * pairs)
+        return _plain(embed, objective, params, fixed, batch.groups, 2 * pairs)
 
-    embedded = [_embed_chunks(embed, params, g, group) for g, group in enumerate(batch.groups)]
+    embedded = [
+        _embed_chunks(embed, params, fixed, g, group) for g, group in enumerate(batch.groups)
+    ]
     embeddings = in_slots([g.batch.slot for g in batch.groups], embedded, 2 * pairs)
     (loss, metrics), cotangent = jax.value_and_grad(objective, has_aux=True)(embeddings)
-    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    for g, group in enumerate(batch.groups):
-        grads = _pull_back(embed, params, g, group, cotangent, grads)
-    return loss, metrics, grads
+    return loss, metrics, _pull_back(embed, params, fixed, batch.groups, cotangent)
 
 
 def with_dora_norms(graphdef: Any, params: Any, frozen: Any) -> tuple[Any, Any]:
@@ -158,17 +168,26 @@ def in_slots(slots: list[jax.Array], embedded: list[jax.Array], count: int) -> j
     return constrain(out)
 
 
-def _plain(embed, objective, params, groups: tuple[ChunkedGroup, ...], count: int):
+def _plain(embed, objective, params, fixed, groups: tuple[ChunkedGroup, ...], count: int):
     if any(group.batch.slot.shape[0] != 1 for group in groups):
         raise ValueError("the plain step needs groups of one chunk")
     chunks = [jax.tree.map(lambda leaf: leaf[0], group.batch) for group in groups]
 
-    def whole(params):
-        embedded = [embed(params, chunk, (g, 0)) for g, chunk in enumerate(chunks)]
-        return objective(in_slots([chunk.slot for chunk in chunks], embedded, count))
+    def run(params, fixed, chunks: list[PackedBatch]) -> list[jax.Array]:
+        return [embed(params, fixed, chunk, (g, 0)) for g, chunk in enumerate(chunks)]
 
-    (loss, metrics), grads = jax.value_and_grad(whole, has_aux=True)(params)
+    spread = by_rows(run, (P(), P(), P(ROWS)), P(ROWS))
+    embedded, back = jax.vjp(lambda p: spread(p, fixed, chunks), params)
+    embeddings = in_slots([chunk.slot for chunk in chunks], embedded, count)
+    (loss, metrics), cotangent = jax.value_and_grad(objective, has_aux=True)(embeddings)
+    (grads,) = back([_own(cotangent, chunk.slot) for chunk in chunks])
     return loss, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+
+def _own(cotangent: jax.Array, slot: jax.Array) -> jax.Array:
+    """The rows of a cotangent [N, D] for slots [R, S]: [R, S, D], zero where none is."""
+    own = jnp.where((slot >= 0)[..., None], cotangent[jnp.maximum(slot, 0)], 0.0)
+    return constrain(own, ROWS)
 
 
 def _chunk(batch: PackedBatch, k: jax.Array) -> PackedBatch:
@@ -178,26 +197,41 @@ def _chunk(batch: PackedBatch, k: jax.Array) -> PackedBatch:
     return jax.tree.map(take, batch)
 
 
-def _embed_chunks(embed, params, g: int, group: ChunkedGroup) -> jax.Array:
+def _embed_chunks(embed, params, fixed, g: int, group: ChunkedGroup) -> jax.Array:
     """Embeddings [K, R, S, D] of a group; zeros for chunks that are not real."""
-    shape = jax.eval_shape(lambda: embed(params, _chunk(group.batch, jnp.int32(0)), (g, 0))).shape
 
-    def body(k, out):
-        values = embed(params, _chunk(group.batch, k), (g, k))
-        return jax.lax.dynamic_update_index_in_dim(out, values, k, 0)
+    def run(params, fixed, group: ChunkedGroup) -> jax.Array:
+        def one(k):
+            return embed(params, fixed, _chunk(group.batch, k), (g, k))
 
-    out = constrain(jnp.zeros((group.batch.slot.shape[0], *shape), jnp.float32), None, ROWS)
-    return jax.lax.fori_loop(0, group.num_chunks, body, out)
+        def body(k, out):
+            return jax.lax.dynamic_update_index_in_dim(out, one(k), k, 0)
+
+        shape = (group.batch.slot.shape[0], *jax.eval_shape(one, jnp.int32(0)).shape)
+        out = constrain(jnp.zeros(shape, jnp.float32), None, ROWS)
+        return jax.lax.fori_loop(0, group.num_chunks, body, out)
+
+    return by_rows(run, (P(), P(), _GROUP), P(None, ROWS))(params, fixed, group)
 
 
-def _pull_back(embed, params, g: int, group: ChunkedGroup, cotangent: jax.Array, grads: Any):
-    """Add a group's share of the gradient, chunk by chunk."""
+def _pull_back(
+    embed, params, fixed, groups: tuple[ChunkedGroup, ...], cotangent: jax.Array
+) -> Any:
+    """Gradient of the groups, chunk by chunk; summed over chips once, behind the loops."""
 
-    def body(k, grads):
-        chunk = _chunk(group.batch, k)
-        back = jax.vjp(lambda p: embed(p, chunk, (g, k)), params)[1]
-        real = (chunk.slot >= 0)[..., None]
-        mine = jnp.where(real, cotangent[jnp.maximum(chunk.slot, 0)], 0.0)
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, back(mine)[0])
+    def run(params, fixed, groups: tuple[ChunkedGroup, ...], cotangent: jax.Array) -> Any:
+        grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        for g, group in enumerate(groups):
 
-    return jax.lax.fori_loop(0, group.num_chunks, body, grads)
+            def body(k, grads):
+                chunk = _chunk(group.batch, k)
+                back = jax.vjp(lambda p: embed(p, fixed, chunk, (g, k)), params)[1]
+                (more,) = back(_own(cotangent, chunk.slot))
+                return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, more)
+
+            grads = jax.lax.fori_loop(0, group.num_chunks, body, grads)
+        return sum_over_rows(grads)
+
+    return by_rows(run, (P(), P(), tuple(_GROUP for _ in groups), P()), P())(
+        params, fixed, groups, cotangent
+    )

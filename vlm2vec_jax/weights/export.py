@@ -159,7 +159,7 @@ def staged(output: str | Path, *, force: bool = False) -> Iterator[Path]:
         the disk refuses.
     """
     output = Path(output).absolute()
-    _check_output(output, force)
+    check_output(output, force)
     folder = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,12 @@ def staged(output: str | Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_output(output: Path, force: bool) -> None:
+def check_output(output: Path, force: bool) -> None:
+    """Refuse a folder that may not be written; also for a look before anything is loaded.
+
+    Raises:
+      UserError: if it exists and is not empty (with `force`: if it is no model folder).
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:

@@ -11,7 +11,6 @@ from vlm2vec_jax.models.phi3v.sharding import RULES
 from vlm2vec_jax.models.phi3v.weights import table
 
 
-
 def activation_bytes(config: Phi3VConfig, remat: str, itemsize: int) -> tuple[float, float]:
     """Bytes kept for the backward pass per token and per crop, an estimate.
 

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm2vec_jax.models.phi3v.config import ClipConfig, Phi3VConfig
+from vlm2vec_jax.models.phi3v.sharding import whole_layer
 from vlm2vec_jax.nn.attention import attend
 from vlm2vec_jax.nn.compute import Compute, layer_at, scan_layers
 from vlm2vec_jax.nn.linear import Linear
 from vlm2vec_jax.nn.norm import LayerNorm
+from vlm2vec_jax.parallel.mesh import ROWS
+from vlm2vec_jax.parallel.sharding import constrain
 
 
 class ClipAttention(nnx.Module):
@@ -112,7 +115,9 @@ class Clip(nnx.Module):
     def embed(self, pixels: jax.Array) -> jax.Array:
         """Class token and patches with positions, after the first norm: [C, P + 1, D]."""
         x = self.patch(pixels)
-        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        first = jnp.broadcast_to(
+            self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[2])
+        )
         x = jnp.concatenate([first, x], axis=1)
         return self.pre_norm(x + self.position_embedding[...].astype(x.dtype))
 
@@ -126,7 +131,9 @@ class Clip(nnx.Module):
         """
 
         def body(x, layer, layer_key):
-            return layer(x, compute, layer_key)
+            # Crops lie row by row, so they are spread as the rows are.
+            layer = whole_layer(layer, "vision/clip/layers")
+            return constrain(layer(constrain(x, ROWS), compute, layer_key), ROWS)
 
         x = scan_layers(body, self.embed(pixels), self.layers, compute=compute, key=key)
         return x[:, 1:]

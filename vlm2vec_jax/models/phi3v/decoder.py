@@ -11,11 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
+from vlm2vec_jax.models.phi3v.sharding import whole_layer
 from vlm2vec_jax.nn.attention import Visibility, attend
 from vlm2vec_jax.nn.compute import Compute, layer_at, scan_layers
 from vlm2vec_jax.nn.linear import Linear
 from vlm2vec_jax.nn.norm import RMSNorm
 from vlm2vec_jax.nn.rope import cos_sin, inverse_frequencies, rotate
+from vlm2vec_jax.parallel.mesh import ROWS
+from vlm2vec_jax.parallel.sharding import constrain
 
 RopeTable = Literal["auto", "short", "long"]
 """`auto` chooses by each sequence's own length; the others force a table (tests of goldens)."""
@@ -149,10 +152,13 @@ class Decoder(nnx.Module):
         stack_key, last_key = (None, None) if key is None else jax.random.split(key)
 
         def body(x, layer, layer_key):
-            return layer(x, places, compute, key=layer_key)
+            layer = whole_layer(layer, "decoder/layers")
+            return constrain(layer(constrain(x, ROWS), places, compute, key=layer_key), ROWS)
 
         def last(x, layer, layer_key):
-            return layer(x, places, compute, queries=pool_index, key=layer_key)
+            layer = whole_layer(layer, "decoder/last")
+            x = layer(constrain(x, ROWS), places, compute, queries=pool_index, key=layer_key)
+            return constrain(x, ROWS)
 
         if self.config.num_layers > 1:
             x = scan_layers(body, x, self.layers, compute=compute, key=stack_key)

@@ -12,11 +12,14 @@ from flax import nnx
 
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
 from vlm2vec_jax.models.phi3v.decoder import Decoder, RopeTable
+from vlm2vec_jax.models.phi3v.sharding import whole
 from vlm2vec_jax.models.phi3v.vision import Vision
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.linear import Linear
 from vlm2vec_jax.nn.norm import l2_normalize
 from vlm2vec_jax.packing import PackedBatch
+from vlm2vec_jax.parallel.mesh import ROWS
+from vlm2vec_jax.parallel.sharding import constrain
 
 
 class Embedding(nnx.Module):
@@ -28,7 +31,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Vectors [R, T, D] of tokens i32 [R, T]."""
-        x = self.table[...][tokens]
+        x = constrain(whole(self.table[...], "embed/table")[tokens], ROWS)
         if self.pad is None:
             return x
         return jnp.where((tokens == self.pad)[..., None], jax.lax.stop_gradient(x), x)
@@ -67,7 +70,9 @@ class Phi3V(nnx.Module):
         """
         return l2_normalize(self.pooled(batch, compute, key=key, rope_table=rope_table))
 
-    def pooled(self, batch, compute: Compute, *, key=None, rope_table="auto") -> jax.Array:
+    def pooled(
+        self, batch, compute: Compute, *, key=None, rope_table: RopeTable = "auto"
+    ) -> jax.Array:
         """Post-norm hidden state [R, S, D] of each sequence's last token, not normalised."""
         vision_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         x = self.input_embeddings(batch, compute, key=vision_key)
@@ -82,4 +87,4 @@ class Phi3V(nnx.Module):
         table = self.vision.table(batch.visual, compute, key)
         index = jnp.maximum(batch.feature_index, 0)[..., None]
         features = jnp.take_along_axis(table, index, axis=1)
-        return jnp.where((batch.feature_index >= 0)[..., None], features, x)
+        return constrain(jnp.where((batch.feature_index >= 0)[..., None], features, x), ROWS)

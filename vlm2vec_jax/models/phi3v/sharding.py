@@ -10,7 +10,11 @@ chip: adapters are small, and their gradients are then the only thing to be redu
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax.sharding import PartitionSpec as P
+
+from vlm2vec_jax.parallel.sharding import gathered
 
 # Leading None: the axis of stacked layers, which `lax.scan` walks along.
 _WIDEN = P(None, "fsdp", "tensor")
@@ -38,3 +42,13 @@ RULES: list[tuple[str, P]] = [
     (r"vision/(newline|separator)", P()),
 ]
 """Rules for the tree of `models/phi3v`, for `vlm2vec_jax.parallel.sharding`."""
+
+
+def whole(module: Any, path: str) -> Any:
+    """A part of the model (not of a stack) with its weights gathered over `fsdp`."""
+    return gathered(module, path, RULES)
+
+
+def whole_layer(layer: Any, stack: str) -> Any:
+    """One layer out of a stack, with its weights gathered over `fsdp`."""
+    return gathered(layer, stack, RULES, stacked=True)

@@ -13,8 +13,11 @@ from flax import nnx
 
 from vlm2vec_jax.models.phi3v.clip import Clip
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
+from vlm2vec_jax.models.phi3v.sharding import whole
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.linear import Linear
+from vlm2vec_jax.parallel.mesh import ROWS
+from vlm2vec_jax.parallel.sharding import constrain
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -65,7 +68,9 @@ class Vision(nnx.Module):
         merged = merged.reshape(rows, count * merged.shape[1], merged.shape[2])
         shared = jnp.stack([self.newline[...], self.separator[...]]).astype(merged.dtype)
         shared = jnp.broadcast_to(shared, (rows, *shared.shape))
-        return self.projector(jnp.concatenate([shared, merged], axis=1), projector_key)
+        features = constrain(jnp.concatenate([shared, merged], axis=1), ROWS)
+        projector = whole(self.projector, "vision/projector")
+        return constrain(projector(features, projector_key), ROWS)
 
 
 def merge_patches(features: jax.Array) -> jax.Array:

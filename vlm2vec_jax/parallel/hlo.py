@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the collectives out of a compiled program: what is sent, how large, inside which loop.
+
+The loss says nothing about how a program is spread; its text does. `collectives` walks from the
+entry computation through calls and loops, so that every operation comes with the loops around it:
+a gather inside the layer loop costs as often as there are layers, and again for every chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+"""Operations that move data between chips."""
+
+_BITS = {
+    **{"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16},
+    **{"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128},
+    **{"f8e4m3fn": 8, "f8e5m2": 8},
+}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
+_CALLS = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|called_computations)="
+    r"\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)\}?"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a collective: dtype as HLO writes it, shape on one chip."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return -(-math.prod(self.shape) * _BITS.get(self.dtype, 32) // 8)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a compiled program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      arrays: what a chip holds afterwards; several where XLA joined operations.
+      loops: trip counts of the loops around it, outermost first; None where the count is known at
+        run time only.
+      source: the jax operation that it came from, for messages.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+    loops: tuple[int | None, ...]
+    source: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result on one chip, each time that it runs."""
+        return sum(array.bytes for array in self.arrays)
+
+    def total(self, unknown: int = 1) -> int:
+        """Bytes over all passes of its loops, taking `unknown` passes where none is known."""
+        return self.bytes * math.prod(unknown if n is None else n for n in self.loops)
+
+    def __str__(self) -> str:
+        around = " in " + " x ".join("?" if n is None else str(n) for n in self.loops)
+        arrays = " ".join(map(str, self.arrays))
+        return f"{self.kind} {arrays}{around if self.loops else ''} ({self.source})"
+
+
+def collectives(program: Any) -> list[Collective]:
+    """The collectives of a compiled program, in the order of its text.
+
+    Args:
+      program: `jax.jit(...).lower(...).compile()`, or its text.
+    """
+    text = program if isinstance(program, str) else program.as_text()
+    bodies, entry = _computations(text)
+    found: list[Collective] = []
+
+    def walk(name: str, loops: tuple[int | None, ...]) -> None:
+        for line in bodies.get(name, ()):
+            opcode = _opcode(line)
+            kind = opcode.removesuffix("-start")
+            if kind in KINDS:
+                source = _SOURCE.search(line)
+                words = source.group(1) if source else ""
+                found.append(Collective(kind, _result(line, opcode), loops, words))
+                continue  # what it calls is the sum of two numbers
+            around = loops
+            if opcode == "while":
+                trips = _TRIPS.search(line)
+                around = (*loops, int(trips.group(1)) if trips else None)
+            for called in _called(line):
+                walk(called, around)
+
+    walk(entry, ())
+    return found
+
+
+def by_kind(found: Iterable[Collective], unknown: int = 1) -> dict[str, dict[str, dict[str, int]]]:
+    """Sums: where ("outside", "inside" loops) -> kind -> operations, largest and total bytes.
+
+    Args:
+      found: from `collectives`.
+      unknown: passes to take for loops whose count is known at run time only.
+    """
+    sums: dict[str, dict[str, dict[str, int]]] = {"outside": {}, "inside": {}}
+    for op in found:
+        empty = {"operations": 0, "largest_bytes": 0, "total_bytes": 0}
+        entry = sums["inside" if op.loops else "outside"].setdefault(op.kind, empty)
+        entry["operations"] += 1
+        entry["largest_bytes"] = max(entry["largest_bytes"], op.bytes)
+        entry["total_bytes"] += op.total(unknown)
+    return sums
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of every computation by name, and the name of the entry."""
+    bodies: dict[str, list[str]] = {}
+    entry, name = "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            name = header.group(2)
+            bodies[name] = []
+            entry = name if header.group(1) else entry
+        elif line.startswith("}"):
+            name = None
+        elif name is not None and " = " in line:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _opcode(line: str) -> str:
+    """`while` of `%w = (f32[2], /*index=1*/ s32[]) while(%t), body=...`."""
+    found = _OPCODE.search(line.split(" = ", 1)[1])
+    return found.group(1) if found else ""
+
+
+def _result(line: str, opcode: str) -> tuple[Array, ...]:
+    """Arrays of the result; of an asynchronous start, which lists operands too, the results."""
+    shown = line.split(" = ", 1)[1].split(f" {opcode}(", 1)[0]
+    arrays = [
+        Array(dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", shown))
+    ]
+    if opcode == "all-gather-start":
+        arrays = arrays[len(arrays) // 2 :]
+    elif opcode == "collective-permute-start":
+        arrays = arrays[len(arrays) // 2 :][:1] if len(arrays) <= 2 else arrays[1:2]
+    return tuple(arrays)
+
+
+def _called(line: str) -> list[str]:
+    names = [name for group in _CALLS.findall(line) for name in group.split(",")]
+    names += [name for group in _BRANCHES.findall(line) for name in group.split(",")]
+    return [name.strip().lstrip("%") for name in names]
