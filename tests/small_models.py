@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model of a few thousand parameters and data to train and score it, for tests of whole roads."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from data_files import write_parquet
 from PIL import Image
@@ -75,3 +78,15 @@ def write_model(data: Path, output: Path, seed: int = 0) -> Path:
     """The HF folder of an untrained model that knows the texts of `data`."""
     write_mini_model(data, output, seed, SIZES)
     return output
+
+
+@contextlib.contextmanager
+def quick_compiler() -> Iterator[None]:
+    """Programs that run for a moment are not worth the time that optimizing them takes."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from golden_batches import golden_batch, load_npz, rope_table
 from safetensors.numpy import load_file
-from training_tools import check_gradients
+from training_tools import QUICK, check_gradients
 
 from vlm2vec_jax.losses.contrastive import contrastive_loss
 from vlm2vec_jax.models.loading import add_adapter, fill, flatten, load_model, split_trainable
@@ -21,9 +21,13 @@ from vlm2vec_jax.training.step import with_dora_norms
 from vlm2vec_jax.weights.adapters import adapter_tensors, load_adapter, merge
 
 NAMES = [
-    "tiny_gqa_dora_r8", "tiny_mha_dora_r16", "tiny_mha_dora_r8", "tiny_mha_lora_r16",
-    "tiny_mha_lora_r8",
-]  # fmt: skip
+    pytest.param("tiny_gqa_dora_r8"),
+    *(
+        pytest.param(f"tiny_mha_{kind}_r{rank}", marks=pytest.mark.slow)
+        for kind in ("dora", "lora")
+        for rank in (8, 16)
+    ),
+]
 EXACT = Compute("float32")
 SIDES = ("query", "target")
 
@@ -52,7 +56,7 @@ class Case:
         return embed(*nnx.split(module), *self.batches, tables=self.tables)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "tables"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "tables"), compiler_options=QUICK)
 def embed(graphdef, state, *batches, tables):
     module = nnx.merge(graphdef, state)
     # Slots of the golden batches are a column: one sequence to a row.
@@ -94,7 +98,7 @@ def test_embeddings_loss_and_gradients(case):
     )
     graphdef, params, frozen = split_trainable(case.model, full=False)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     @functools.partial(jax.value_and_grad, has_aux=True)
     def objective(params, frozen, *batches):
         # As `training.step.loss_and_grads`, but with the rope table of the reference's batch.

@@ -108,3 +108,45 @@ def test_the_fingerprint_tells_what_batches_depend_on(tmp_path):
     ]
     texts = {json.dumps(p, sort_keys=True) for p in [print_, *others]}
     assert len(texts) == 8
+
+
+def blocks(counts, seed, size):
+    return Mixture([Rows(f"S{i}", n) for i, n in enumerate(counts)], seed, sub_batch=size)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes, st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(0, 10**6))
+def test_sub_batches_hold_rows_of_one_subset(counts, seed, size, step):
+    mix = blocks(counts, seed, size)
+    drawn = mix.batch_indices(step, 3 * size)
+    for part in np.split(drawn, 3):
+        assert len(set(part[:, 0])) == 1
+        rows = part[:, 1]
+        assert rows.min() >= 0 and rows.max() < counts[part[0, 0]]
+        if counts[part[0, 0]] >= size:
+            assert len(set(rows)) == size
+    np.testing.assert_array_equal(drawn, blocks(counts, seed, size).batch_indices(step, 3 * size))
+
+
+def test_sub_batches_cover_an_epoch_and_differ_between_epochs():
+    mix = blocks([40, 20], 5, 4)
+    epochs = [mix.batch_indices(e, 60).tolist() for e in range(3)]
+    everything = sorted([0, r] for r in range(40)) + [[1, r] for r in range(20)]
+    assert all(sorted(rows) == everything for rows in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    # Subsets alternate at random and not in a fixed pattern.
+    assert len({tuple(rows[i][0] for i in range(0, 60, 4)) for rows in epochs}) == 3
+
+
+def test_what_does_not_fill_a_block_gets_its_turn():
+    """Seven rows are one block of four each epoch; which four changes."""
+    mix = blocks([7], 0, 4)
+    seen = {r for e in range(20) for r in mix.batch_indices(e, 4)[:, 1].tolist()}
+    assert seen == set(range(7))
+
+
+def test_sub_batches_are_part_of_the_fingerprint():
+    sources = [Rows("A", 9)]
+    same = Mixture(sources, 0, sub_batch=1).fingerprint(4)
+    assert same == Mixture(sources, 0).fingerprint(4)
+    assert Mixture(sources, 0, sub_batch=2).fingerprint(4) != same

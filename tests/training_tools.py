@@ -15,10 +15,13 @@ from vlm2vec_jax.training.batching import BatchPacker, choose_rows
 from vlm2vec_jax.training.step import TrainBatch
 
 MINI = MiniSizes(
-    hidden_size=32, intermediate_size=64, layers=3, heads=4, kv_heads=2, vision_size=16,
-    vision_intermediate=32, vision_layers=3, vision_heads=2, image_size=56, num_crops=2, pieces=400,
+    hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2, vision_size=16,
+    vision_intermediate=32, vision_layers=2, vision_heads=2, image_size=56, num_crops=2, pieces=400,
 )  # fmt: skip
 """A model of every part whose dimensions divide by 8, for meshes."""
+
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options where compiling takes most of a test's time."""
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]
 

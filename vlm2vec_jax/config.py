@@ -76,6 +76,8 @@ class DataConfig(_Group):
       split: "original" or "diverse_instruction".
       image_root: what image paths are relative to; empty for `path`.
       max_examples_per_subset: the first so many rows of each subset; 0 for all.
+      sub_batch: rows of one subset that stand together in a batch, so that a query meets negatives
+        of its own kind; 0 mixes row by row as the reference does.
       num_crops: most local crops per image; 0 for what the model folder says.
       max_len: most tokens of a sequence, cutting text and never an image; 0 for what the model
         folder says.
@@ -89,6 +91,7 @@ class DataConfig(_Group):
     split: str = "original"
     image_root: str = ""
     max_examples_per_subset: int = 0
+    sub_batch: int = 0
     num_crops: int = 4
     max_len: int = 256
     on_bad_example: str = "error"

@@ -27,6 +27,7 @@ CHOICES = {
 _AT_LEAST = {
     "adapter.rank": 1,
     "data.max_examples_per_subset": 0,
+    "data.sub_batch": 0,
     "data.num_crops": 0,
     "data.max_len": 0,
     "data.workers": 0,
@@ -166,6 +167,9 @@ def _wrong_together(values: Mapping[str, Any]) -> list[str]:
                 f"batch_size ({batch}) is not divisible by the {shards} shards of "
                 f"mesh.data x mesh.fsdp"
             )
+    block = get("data.sub_batch", 0)
+    if batch is not None and block > 1 and batch % block:
+        problems.append(f"batch_size ({batch}) is not a multiple of data.sub_batch ({block})")
     row, chunk = get("packing.row_tokens", 0), get("packing.chunk_tokens", 0)
     if row > 0 and chunk > 0 and chunk % row:
         problems.append(

@@ -31,11 +31,8 @@ from vlm2vec_jax.models.loading import (
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.linear import refresh_dora_norms
 from vlm2vec_jax.packing import (
-    TEXT_ROW_TOKENS,
-    VISUAL_ROW_TOKENS,
     PackedBatch,
     RowShape,
-    plan,
     row_batches,
     unpack,
 )
@@ -44,6 +41,7 @@ from vlm2vec_jax.packing import (
 )
 from vlm2vec_jax.parallel.mesh import batch_spec, row_shards
 from vlm2vec_jax.record import identity
+from vlm2vec_jax.row_choice import Price, batch_rows, plan_rows
 from vlm2vec_jax.training.checkpoint import Checkpoints
 from vlm2vec_jax.weights.adapter_config import base_difference, config_from_dict, resolve
 from vlm2vec_jax.weights.adapters import load_adapter
@@ -73,6 +71,7 @@ class Embedder:
         graphdef, self._state = nnx.split(model.module)
         self._embed = jax.jit(functools.partial(_embed, graphdef, compute))
         self._identity: dict[str, Any] = {}
+        self._used_rows: set[tuple[bool, int]] = set()
 
     @classmethod
     def from_pretrained(
@@ -207,20 +206,19 @@ class Embedder:
         platform = jax.devices()[0].platform
         budget = batch_tokens or BATCH_TOKENS.get(platform, 16384)
         shards = 1 if self._mesh is None else row_shards(self._mesh)
-        lengths = [tokens for tokens, _ in sizes]
-        units = [count for _, count in sizes]
-        # No row need be longer than what one device takes at a time, unless an input is.
-        share = max(budget // shards, 128)
-        planned = plan(
-            lengths,
-            units,
-            row_tokens=min(TEXT_ROW_TOKENS, share),
-            visual_row_tokens=min(VISUAL_ROW_TOKENS, share),
-            max_row_tokens=self._max_tokens,
-            shrink=True,
+        planned, taken = plan_rows(
+            [tokens for tokens, _ in sizes],
+            [count for _, count in sizes],
+            price=Price(self.dimension, self.processor.visual_layout.features_per_unit),
+            # No row need be longer than what one device takes at a time, unless an input is.
+            most=max(budget // shards, 128),
+            longest=self._max_tokens,
+            step=32 if platform == "cpu" else 128,
+            used=self._used_rows,
         )
+        self._used_rows |= taken
         for group in planned.groups:
-            rows = max(budget // group.shape.tokens, 1)
+            rows = batch_rows(len(group.rows), max(budget // group.shape.tokens, 1), shards)
             for part in row_batches(group, rows, row_multiple=shards):
                 yield part.rows, part.num_rows, group.shape
 

@@ -2,8 +2,7 @@
 """Images as users hand them over, made RGB: one door for every mode, every defect has a name.
 
 `load_image` decodes, `image_size` reads only the header. Which modes become what, and why, is in
-`docs/images.md`. Both may be called from many threads and leave no file open. (Only an image in
-memory that Pillow has not decoded yet must not be handed to two threads at once.)
+`docs/images.md`. Both may be called from many threads and leave no file open.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from typing import Literal
 
@@ -39,6 +39,9 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_DECODING = tuple(threading.Lock() for _ in range(64))
+"""Shared out among images in memory by their id, so that different ones hardly ever wait."""
+
 # Pillow draws these by running another program; loading a picture must not run code.
 _VECTOR_FORMATS = frozenset({"EPS", "WMF"})
 
@@ -79,7 +82,9 @@ def load_image(source: ImageLike, *, exif: ExifMode = "ignore") -> Image.Image:
     _check_exif(exif)
     name = describe_image(source)
     if isinstance(source, Image.Image):
-        return _decode(source, name, exif)
+        # Pillow decodes an opened file when it is first used, and two threads must not both do it.
+        with _DECODING[id(source) // 16 % len(_DECODING)]:
+            return _decode(source, name, exif)
     with _open(source, name) as image:
         return _decode(image, name, exif)
 

@@ -106,7 +106,7 @@ class MultimodalInput:
         if sorted(numbers) != list(range(1, n + 1)):
             found = ", ".join(f"<|image_{k}|>" for k in numbers) or "none"
             if not n:
-                return f"the text has the marker {found} but there is no image"
+                return f"the text has the marker {found} but there are 0 images"
             return (
                 f"{n} image(s) but markers {found}; the text needs each of "
                 f"<|image_1|> ... <|image_n|> exactly once"

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows make up which batch: a pure function of (sources, seed, step).
 
-The reference's sampling: the capped subsets are laid end to end and the whole is permuted anew
-each epoch, so subsets appear in proportion to their sizes. The stream of rows has no end: a batch
-that reaches the end of an epoch goes on in the next one, and within an epoch every row comes once.
+The reference's sampling (VLM2Vec v1): the capped subsets are laid end to end and the whole is
+permuted anew each epoch, so subsets appear in proportion to their sizes. The stream of rows has no
+end: a batch that reaches the end of an epoch goes on in the next one, and within an epoch every
+row comes once.
+
+With sub-batches (VLM2Vec-V2's interleaving) it is blocks of rows of one subset that are permuted:
+a query then meets negatives of its own kind. Rows are permuted anew within their subset each
+epoch, too; what is left of a subset after its last whole block waits for another epoch.
 """
 
 from __future__ import annotations
@@ -19,22 +24,23 @@ from vlm2vec_jax.data.mmeb import TrainSource
 from vlm2vec_jax.errors import UserError, raise_problems
 
 MAX_SEED = 2**32 - 1
+_ENDLESS = 2**62
 
 
 class Mixture:
     """An endless stream of rows of several sources, readable at any position.
 
     Rows are numbered through all sources in order ("flat" numbers). `stream` maps a position in
-    the run to a flat number; a mixture with weights or homogeneous sub-batches is another `stream`
-    over the same numbers.
+    the run to a flat number; a mixture with weights is another `stream` over the same numbers.
 
     Attributes:
       sources: the subsets, in order.
       seed: from 0 to 2**32 - 1.
+      sub_batch: rows of one subset that stand together; 0 or 1 mixes row by row.
       stream: `grain.MapDataset` of flat row numbers, of unlimited length.
     """
 
-    def __init__(self, sources: Sequence[TrainSource], seed: int):
+    def __init__(self, sources: Sequence[TrainSource], seed: int, *, sub_batch: int = 0):
         """Lay the sources end to end.
 
         Raises:
@@ -54,7 +60,34 @@ class Mixture:
         self.sources = tuple(sources)
         self.seed = int(seed)
         self._ends = np.cumsum([len(source) for source in sources], dtype=np.int64)
-        self.stream = grain.MapDataset.range(total).seed(self.seed).shuffle().repeat()
+        self.sub_batch = sub_batch if sub_batch > 1 else 0
+        if self.sub_batch:
+            self.stream = self._blocks(self.sub_batch)
+        else:
+            self.stream = grain.MapDataset.range(total).seed(self.seed).shuffle().repeat()
+
+    def _blocks(self, size: int) -> grain.MapDataset:
+        """The stream of rows in blocks of `size` rows of one source."""
+        rows = [len(source) for source in self.sources]
+        # A source that cannot fill a block repeats its rows in one.
+        ends = np.cumsum([max(1, n // size) if n else 0 for n in rows])
+        per_epoch = int(ends[-1])
+        order = grain.MapDataset.range(per_epoch).seed(self.seed).shuffle().repeat()
+        within = [
+            grain.MapDataset.range(max(n, 1)).seed((self.seed + 1 + s) % MAX_SEED).shuffle().repeat()
+            for s, n in enumerate(rows)
+        ]
+        starts = np.concatenate([[0], self._ends[:-1]])
+
+        def row(position: int) -> int:
+            block, place = divmod(int(position), size)
+            epoch, number = block // per_epoch, int(order[block])
+            s = int(np.searchsorted(ends, number, side="right"))
+            first = number - (int(ends[s - 1]) if s else 0)
+            at = (first * size + place) % rows[s]
+            return int(starts[s]) + int(within[s][epoch * rows[s] + at])
+
+        return grain.MapDataset.range(_ENDLESS).map(row)
 
     def __len__(self) -> int:
         """Rows in an epoch."""
@@ -88,7 +121,7 @@ class Mixture:
         Times and folders are left out: the same data in another place is the same mixture.
         """
         return {
-            "sampling": "proportional",
+            "sampling": f"blocks of {self.sub_batch}" if self.sub_batch else "proportional",
             "seed": self.seed,
             "batch_size": int(batch_size),
             "rows": len(self),

@@ -114,11 +114,11 @@ def draw_scene(
     boxes = []
     alone = len(scene.things) == 1
     for k, thing in enumerate(scene.things):
-        size = int(rng.integers(15, 22)) * 2 if alone else int(rng.integers(10, 13)) * 2
+        size = int(rng.integers(17, 21)) * 2 if alone else int(rng.integers(11, 13)) * 2
         if alone:
-            x, y = HALF + rng.integers(-4, 5), HALF + rng.integers(-4, 5)
+            x, y = HALF + rng.integers(-2, 3), HALF + rng.integers(-2, 3)
         else:
-            x, y = 14 + HALF * k + rng.integers(-1, 2), HALF + rng.integers(-8, 9)
+            x, y = 14 + HALF * k + rng.integers(-1, 2), HALF + rng.integers(-3, 4)
         x, y = int(x), int(y)
         if scene.style == "sticker":
             _paint(canvas, shape_mask(thing.shape, size + 4), (255, 255, 255), x, y)
@@ -299,7 +299,7 @@ def _background(place: Place, rng: np.random.Generator) -> np.ndarray:
     """Draw a place as f32 [SIZE, SIZE, 3]: a light tint with a darker pattern of random phase."""
     p, q = (int(phase) for phase in rng.integers(0, 14, 2))
     tint = np.asarray(TINTS[place.tint], np.float32) + rng.uniform(-4, 4, 3)
-    return (tint - 48.0 * _pattern(place.texture, p, q)[..., None]).astype(np.float32)
+    return (tint - 28.0 * _pattern(place.texture, p, q)[..., None]).astype(np.float32)
 
 
 @functools.cache

@@ -191,9 +191,7 @@ class Embedding:
                 matrix = np.asarray(self.encoder.encode(list(fresh.values()), **self.options))
             except BadInputs as error:  # what only decoding shows, such as truncated images
                 names = list(fresh)
-                problems = [
-                    f"{_where(waiting, names[n])}: {p}" for n, p in error.problems.items()
-                ]
+                problems = [f"{_where(waiting, names[n])}: {p}" for n, p in error.problems.items()]
                 raise_problems("The data has bad rows", problems, advice=error.advice)
                 raise
             if matrix.ndim != 2 or len(matrix) != len(fresh):
@@ -237,6 +235,6 @@ def _where(plans: Sequence[Plan], identity: Identity) -> str:
             for n, query in enumerate(plan.query_index)
             if query == key or key in plan.candidates[n]
         )
-        at = getattr(plan.source, "at", lambda row: f"{plan.subset} row {row}")
-        return at(row)
+        at = getattr(plan.source, "at", None)
+        return at(row) if at else f"{plan.subset} row {row}"
     raise ValueError("an input that no row has")

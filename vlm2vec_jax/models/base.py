@@ -56,6 +56,10 @@ class Backbone:
       max_tokens: configuration -> longest sequence that the positions allow.
       activation_bytes: (configuration, remat, bytes of an element) -> estimated bytes that the
         backward pass keeps per token and per visual unit.
+      flops: (configuration, tokens, visual units) -> FLOPs of one sequence's forward pass that
+        its embedding needs.
+      image_size: (configuration, num_crops, width, height) -> tokens and visual units of an image.
+      visual_layout: configuration -> layout of a row's visual feature table.
     """
 
     name: str
@@ -68,6 +72,9 @@ class Backbone:
     width: Callable[[Any], int]
     max_tokens: Callable[[Any], int]
     activation_bytes: Callable[[Any, str, int], tuple[float, float]]
+    flops: Callable[[Any, int, int], float]
+    image_size: Callable[[Any, int, int, int], tuple[int, int]]
+    visual_layout: Callable[[Any], VisualLayout]
 
     def is_unused(self, path: str) -> bool:
         """Whether a leaf cannot influence an embedding."""

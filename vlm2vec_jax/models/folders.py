@@ -81,8 +81,10 @@ def _trained(named: str | os.PathLike, folder: Path, record: dict[str, Any] | No
     if base["absolute"] is None:
         return ModelSource(str(named), local_folder(base["path"]), trained=folder, record=record)
     trouble = "holds other weights now" if there else "is not there any more"
-    advice = "put it back" if record["adapter"] is None else (
-        f"put it back, or name where it is now: --model BASE --adapter {folder}"
+    advice = (
+        "put it back"
+        if record["adapter"] is None
+        else (f"put it back, or name where it is now: --model BASE --adapter {folder}")
     )
     raise UserError(
         f"{folder} was trained from the model in {base['path']}, which {trouble}; {advice}"

@@ -39,6 +39,9 @@ _CALLS = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r" = s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
@@ -99,20 +102,25 @@ def collectives(program: Any) -> list[Collective]:
     text = program if isinstance(program, str) else program.as_text()
     bodies, entry = _computations(text)
     found: list[Collective] = []
+    seen: set[tuple] = set()
 
     def walk(name: str, loops: tuple[int | None, ...]) -> None:
         for line in bodies.get(name, ()):
             opcode = _opcode(line)
             kind = opcode.removesuffix("-start")
             if kind in KINDS:
-                source = _SOURCE.search(line)
+                source, channel = _SOURCE.search(line), _CHANNEL.search(line)
                 words = source.group(1) if source else ""
-                found.append(Collective(kind, _result(line, opcode), loops, words))
+                # A TPU writes an asynchronous collective once more into each fusion that it
+                # overlaps; the channel is the same.
+                same = (kind, channel.group(1) if channel else line, loops)
+                if same not in seen:
+                    found.append(Collective(kind, _result(line, opcode), loops, words))
+                seen.add(same)
                 continue  # what it calls is the sum of two numbers
             around = loops
             if opcode == "while":
-                trips = _TRIPS.search(line)
-                around = (*loops, int(trips.group(1)) if trips else None)
+                around = (*loops, _trips(line, bodies))
             for called in _called(line):
                 walk(called, around)
 
@@ -152,6 +160,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif name is not None and " = " in line:
             bodies[name].append(line)
     return bodies, entry
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+    """How often a loop runs: as XLA noted it, or the one number that its condition compares to."""
+    noted = _TRIPS.search(line)
+    if noted:
+        return int(noted.group(1))
+    condition = _CONDITION.search(line)
+    pending, limits = [condition.group(1)] if condition else [], []
+    while pending:
+        for inner in bodies.get(pending.pop(), ()):
+            limits += [int(n) for n in _LIMIT.findall(inner)]
+            pending += _called(inner)
+    return limits[0] if len(limits) == 1 else None
 
 
 def _opcode(line: str) -> str:

@@ -98,8 +98,8 @@ def gathered(module: Any, path: str, rules: Rules, *, stacked: bool = False) -> 
     return jax.tree.unflatten(treedef, out)
 
 
-# The gradient of a constraint is the same constraint, which would make every chip hold the whole
-# layer's gradient.
+# The gradient of a constraint is the same constraint, which would leave every chip with the
+# whole gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(leaf: jax.Array, cut: tuple, whole: tuple) -> jax.Array:
     return constrain(leaf, *whole)
@@ -110,7 +110,9 @@ def _gather_fwd(leaf, cut, whole):
 
 
 def _gather_bwd(cut, whole, _, cotangent):
-    return (constrain(cotangent, *cut),)
+    # First a sum over the rows of all chips, then a slice; told only the slice, the compiler
+    # may gather every row instead (it does so for the token table).
+    return (constrain(constrain(cotangent, *whole), *cut),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
@@ -154,9 +156,7 @@ def sum_over_rows(tree: Any) -> Any:
 
 def _inside_by_rows() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and all(
-        kind == AxisType.Manual for kind in mesh.axis_types
-    )
+    return not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:

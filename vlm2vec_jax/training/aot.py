@@ -20,8 +20,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm2vec_jax.config import Config
 from vlm2vec_jax.inputs import VisualLayout
 from vlm2vec_jax.models.base import Backbone
-from vlm2vec_jax.models.loading import Model, abstract_model, add_adapter, fill, flatten
-from vlm2vec_jax.models.loading import split_trainable
+from vlm2vec_jax.models.loading import (
+    Model,
+    abstract_model,
+    add_adapter,
+    fill,
+    flatten,
+    split_trainable,
+)
 from vlm2vec_jax.packing import ChunkedGroup, ChunkShape, PackedBatch
 from vlm2vec_jax.parallel import sharding
 from vlm2vec_jax.parallel.mesh import batch_spec

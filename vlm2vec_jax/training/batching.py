@@ -67,7 +67,9 @@ def choose_rows(sample: Sequence[Size], *, longest: int, row_tokens: int = 0) ->
         wanted = max(np.quantile(texts, 0.99), 4 * texts.mean()) if len(texts) else 0
         text = next((n for n in _TEXT_ROWS if n >= wanted), _TEXT_ROWS[-1])
         most = int(pictures.max()) if len(pictures) else _VISUAL_ROWS[0]
-        rows = [n for n in _VISUAL_ROWS if n >= most] or list(_VISUAL_ROWS[-1:])
+        # Beyond a few inputs to a row the share gains little and attention pays for all of it.
+        rows = [n for n in _VISUAL_ROWS if most <= n <= max(4 * most, 64)]
+        rows = rows or list(_VISUAL_ROWS[-1:])
         visual = choose_row_tokens(lengths, units, candidates=rows, tolerance=0.03)
     planned = plan(
         lengths, units, row_tokens=text, visual_row_tokens=visual, max_row_tokens=longest

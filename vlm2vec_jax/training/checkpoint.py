@@ -17,6 +17,7 @@ import errno
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,6 +80,8 @@ class Checkpoints:
         _check_folder(self.folder, read_only)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_quiet_orbax)  # added once, however often asked
+        if not isinstance(sys.unraisablehook, _QuietHook):
+            sys.unraisablehook = _QuietHook(sys.unraisablehook)
         self._manager = self._open()
 
     def __enter__(self) -> Checkpoints:
@@ -401,3 +404,19 @@ def _quiet_orbax(record: logging.LogRecord) -> bool:
     if "orbax" not in record.pathname:
         return True
     return not (record.exc_info or str(record.msg).startswith("Given directory is read only"))
+
+
+class _QuietHook:
+    """Python's hook for errors that nobody can catch, without those of writes that came too late.
+
+    When one array of a save fails (a full disk), orbax ends its event loop, and tensorstore still
+    wants to tell it of the other arrays: a page of tracebacks beside the sentence that we print.
+    """
+
+    def __init__(self, before: Callable[[Any], Any]):
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self._before(unraisable)

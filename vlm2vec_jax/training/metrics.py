@@ -8,6 +8,7 @@ its name stands in the list `non_finite`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -147,7 +148,9 @@ class MetricsWriter:
         if self._board is not None:
             self._board.close()
         if self._file is not None:
-            self._file.close()
+            # A line that a full disk did not take was reported when it was written.
+            with contextlib.suppress(OSError):
+                self._file.close()
         self._file = self._progress = self._board = None
 
     def _show(self, step: int, values: Mapping[str, Any]) -> None:

@@ -35,7 +35,10 @@ from vlm2vec_jax.weights.adapter_config import AdapterConfig, peft_config, resol
 from vlm2vec_jax.weights.adapters import load_adapter
 
 CHUNK_TOKENS = {"cpu": 4096}
-"""Tokens that a device embeds at a time, by platform; accelerators take 16384."""
+"""Tokens that a device embeds at a time, by platform."""
+
+ACCELERATOR_CHUNK_TOKENS = 16384
+"""The same where `CHUNK_TOKENS` says nothing."""
 
 _SAMPLED_BATCHES = 4
 _SAMPLED_PAIRS = 2048
@@ -100,7 +103,8 @@ def open_data(config: Config) -> Data:
             verify.verify_train(sources, config.data.image_root or None, headers=True),
             advice="--config.data.on_bad_example=skip leaves such rows out and counts them.",
         )
-    return Data(Mixture(sources, config.seed), config.batch_size, remarks)
+    mixture = Mixture(sources, config.seed, sub_batch=config.data.sub_batch)
+    return Data(mixture, config.batch_size, remarks)
 
 
 def load(config: Config, mesh: Mesh) -> tuple[Model, Processor, AdapterConfig | None]:
@@ -220,7 +224,7 @@ def sample_sizes(data: Data, processor: Processor) -> list[Size]:
 def chunk_tokens(config: Config) -> int:
     """Tokens that one device embeds at a time."""
     platform = jax.devices()[0].platform
-    return config.packing.chunk_tokens or CHUNK_TOKENS.get(platform, 16384)
+    return config.packing.chunk_tokens or CHUNK_TOKENS.get(platform, ACCELERATOR_CHUNK_TOKENS)
 
 
 def packer(

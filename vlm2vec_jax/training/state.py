@@ -56,12 +56,20 @@ class Trainer:
         )
 
     def put(self, batch: TrainBatch) -> TrainBatch:
-        """Send a host batch to the mesh: rows over `data` and `fsdp`, the rest whole."""
+        """Send a host batch to the mesh: rows over `data` and `fsdp`, the rest whole.
+
+        Where several processes take part each gives its own rows of every chunk
+        (`packing.fill_chunks` with `part`), and all give the same `target_id`.
+        """
         rows = NamedSharding(self.mesh, batch_spec(1))
         whole = NamedSharding(self.mesh, PartitionSpec())
+
+        def spread(leaf):
+            return jax.make_array_from_process_local_data(rows, leaf)
+
         groups = tuple(
             type(group)(
-                jax.tree.map(lambda leaf: jax.device_put(leaf, rows), group.batch),
+                jax.tree.map(spread, group.batch),
                 jax.device_put(group.num_chunks, whole),
             )
             for group in batch.groups

@@ -214,9 +214,7 @@ def _embed_chunks(embed, params, fixed, g: int, group: ChunkedGroup) -> jax.Arra
     return by_rows(run, (P(), P(), _GROUP), P(None, ROWS))(params, fixed, group)
 
 
-def _pull_back(
-    embed, params, fixed, groups: tuple[ChunkedGroup, ...], cotangent: jax.Array
-) -> Any:
+def _pull_back(embed, params, fixed, groups: tuple[ChunkedGroup, ...], cotangent: jax.Array) -> Any:
     """Gradient of the groups, chunk by chunk; summed over chips once, behind the loops."""
 
     def run(params, fixed, groups: tuple[ChunkedGroup, ...], cotangent: jax.Array) -> Any:

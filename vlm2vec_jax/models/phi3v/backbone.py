@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from vlm2vec_jax.models.base import Backbone
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig, from_hf
+from vlm2vec_jax.models.phi3v.flops import forward_flops, image_size, visual_layout
 from vlm2vec_jax.models.phi3v.model import Phi3V
 from vlm2vec_jax.models.phi3v.processor import Phi3VProcessor
 from vlm2vec_jax.models.phi3v.sharding import RULES
@@ -35,4 +36,7 @@ BACKBONE = Backbone(
     width=lambda config: config.hidden_size,
     max_tokens=lambda config: config.rope.max_position_embeddings,
     activation_bytes=activation_bytes,
+    flops=forward_flops,
+    image_size=image_size,
+    visual_layout=visual_layout,
 )

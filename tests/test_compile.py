@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compile command's words: topologies, refusals, verdicts. (Compiling: test_tpu_compile.)"""
+
+import subprocess
+import sys
+
+import pytest
+
+from vlm2vec_jax.compile import read_topology
+from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.training import plan
+
+
+def test_topologies():
+    assert read_topology("v5e:8x8") == ("v5litepod-64", 16 * 2**30)
+    assert read_topology("v5p:2x2x4") == ("v5p-32", 95 * 2**30)
+    assert read_topology("v6e:4x4") == ("v6e-16", 32 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v4:2x2", "v5e, v5p, v6e"),
+        ("v5e", "v5e:AxB"),
+        ("v5e:2x2x2", "v5e:AxB"),
+        ("v5p:4x4", "AxBxC"),
+        ("v5e:0x2", "v5e:AxB"),
+        ("v5e:ax2", "v5e:AxB"),
+    ],
+)
+def test_wrong_topologies_are_told_in_words(name, said):
+    with pytest.raises(UserError, match=said):
+        read_topology(name)
+
+
+def test_memory_out_of_the_compilers_refusal():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. "
+        "Exceeded hbm capacity by 8.75G."
+    )
+    assert plan.memory_refused(message) == int(24.5 * 2**30)
+    assert plan.memory_refused("INTERNAL: something else") is None
+
+
+def test_verdict():
+    report = {"peak_bytes_per_chip": 8, "hbm_bytes_per_chip": 16, "fits": True}
+    assert plan.verdict(report) == "it fits: 50% of a chip's memory"
+    report |= {"peak_bytes_per_chip": 24, "fits": False}
+    assert "does not fit: 150%" in plan.verdict(report) and "mesh.fsdp" in plan.verdict(report)
+
+
+def test_mistakes_end_with_a_sentence(repository):
+    def run(*more):
+        command = [
+            sys.executable,
+            "-m",
+            "vlm2vec_jax.compile",
+            "--config",
+            "configs/mmeb.py",
+            *more,
+        ]
+        return subprocess.run(command, cwd=repository, capture_output=True, text=True)
+
+    done = run("--topology", "tpu9")
+    assert done.returncode == 2 and "generation must be one of" in done.stderr
+    assert "Traceback" not in done.stderr

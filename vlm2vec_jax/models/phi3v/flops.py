@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an input costs a Phi-3-Vision model: its size in tokens and crops, and useful FLOPs.
+
+Useful is the least that gives the embedding: causal attention within the sequence, CLIP up to the
+layer that is used, the last decoder layer for the pooled token only, no LM head, no padding. A
+multiply and an add are two FLOPs. Norms, rotary positions and softmax are not counted.
+"""
+
+from __future__ import annotations
+
+from vlm2vec_jax.inputs import VisualLayout
+from vlm2vec_jax.models.phi3v.config import Phi3VConfig
+from vlm2vec_jax.models.phi3v.hd_transform import SHARED_FEATURES, hd_geometry
+
+
+def forward_flops(config: Phi3VConfig, tokens: int, crops: int = 0) -> float:
+    """FLOPs of one sequence's forward pass.
+
+    Args:
+      config: sizes.
+      tokens: all tokens of the sequence, image tokens included.
+      crops: visual units, global views included.
+    """
+    return decoder_flops(config, tokens) + crops * crop_flops(config)
+
+
+def decoder_flops(config: Phi3VConfig, tokens: int) -> float:
+    """FLOPs of the decoder for one sequence."""
+    d, f = config.hidden_size, config.mlp_size
+    heads, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    query = 2 * d * heads + 2 * heads * d + 2 * d * 2 * f + 2 * f * d
+    keys_values = 2 * d * 2 * kv
+    # A token sees (tokens + 1) / 2 others on average: q k^T and the sum of values, 2 FLOPs each.
+    attention = 4 * heads * tokens * (tokens + 1) / 2
+    layer = tokens * (query + keys_values) + attention
+    last = query + tokens * keys_values + 4 * heads * tokens
+    return (config.num_layers - 1) * layer + last
+
+
+def crop_flops(config: Phi3VConfig) -> float:
+    """FLOPs of one crop: patches, CLIP's used layers, projection of its tokens."""
+    clip, d = config.clip, config.hidden_size
+    c, f = clip.hidden_size, clip.intermediate_size
+    patches = clip.patches_per_side**2
+    seen = patches + 1
+    layer = seen * (2 * 4 * c * c + 2 * 2 * c * f) + 4 * c * seen * seen
+    embed = patches * 2 * clip.patch_size**2 * 3 * c
+    project = config.tokens_per_crop * 2 * (4 * c * d + d * d)
+    return embed + config.clip_layers_used * layer + project
+
+
+def image_size(config: Phi3VConfig, num_crops: int, width: int, height: int) -> tuple[int, int]:
+    """Tokens and crops of an image of this size in pixels."""
+    geometry = hd_geometry(width, height, num_crops, config.crop_size)
+    if geometry is None:
+        raise ValueError(f"an image of {width} x {height} pixels is too narrow")
+    return geometry.tokens(config.merged_side), geometry.units
+
+
+def visual_layout(config: Phi3VConfig) -> VisualLayout:
+    """How a row's visual feature table is laid out: newline, separator, then the crops."""
+    crop = ((config.crop_size, config.crop_size, 3), "uint8")
+    return VisualLayout(
+        shared_features=SHARED_FEATURES,
+        features_per_unit=config.tokens_per_crop,
+        units={"crops": crop, "crop_info": ((5,), "int32")},
+    )

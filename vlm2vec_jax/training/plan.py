@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled train step needs of a chip: memory, collectives, FLOPs, and whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vlm2vec_jax.config import Config
+from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.models.loading import Model, abstract_model
+from vlm2vec_jax.packing import ChunkShape
+from vlm2vec_jax.parallel import hlo
+from vlm2vec_jax.parallel.mesh import describe, row_shards
+from vlm2vec_jax.training import aot, setup
+from vlm2vec_jax.training.assumed import Mix
+from vlm2vec_jax.training.batching import BatchPacker, Size, choose_rows
+from vlm2vec_jax.training.step import StepSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The packed shapes of a batch.
+
+    Attributes:
+      chunks: per group; the capacity is what this batch uses.
+      cached: GradCache, or the batch in one piece.
+      chunk_tokens: tokens of a chunk over all chips; 0 without GradCache.
+      token_share: real tokens among those computed.
+      unit_share: real visual units among those computed.
+    """
+
+    chunks: tuple[ChunkShape, ...]
+    cached: bool
+    chunk_tokens: int
+    token_share: float
+    unit_share: float
+
+
+def sample(config: Config, model: Model, mix: Mix) -> list[Size]:
+    """Sizes of the inputs of an assumed batch, queries then targets.
+
+    Raises:
+      UserError: if the configuration leaves the number of crops to the model folder.
+    """
+    crops = config.data.num_crops
+    if not crops:
+        raise UserError("data.num_crops must be given: no processor is read here")
+
+    def image_size(width: int, height: int) -> tuple[int, int]:
+        return model.backbone.image_size(model.config, crops, width, height)
+
+    return mix.sizes(config.batch_size, image_size, config.data.max_len or 256)
+
+
+def shapes(config: Config, model: Model, sizes: list[Size], shards: int) -> Shapes:
+    """Pack a batch of these sizes as `train` would."""
+    rows = choose_rows(
+        sizes,
+        longest=model.backbone.max_tokens(model.config),
+        row_tokens=config.packing.row_tokens,
+    )
+    chunk_tokens = shards * (config.packing.chunk_tokens or setup.ACCELERATOR_CHUNK_TOKENS)
+    fits = sum(tokens for tokens, _ in sizes) <= 0.9 * chunk_tokens
+    plain = config.grad_cache == "off" or (config.grad_cache == "auto" and fits)
+    packer = BatchPacker(
+        rows,
+        model.backbone.visual_layout(model.config),
+        chunk_tokens=None if plain else chunk_tokens,
+        row_multiple=shards,
+    )
+    planned, chunks = packer.arrange(sizes)
+    return Shapes(
+        tuple(chunk.shape for chunk in chunks),
+        packer.cached,
+        0 if plain else chunk_tokens,
+        planned.token_share,
+        planned.unit_share,
+    )
+
+
+def useful_flops_per_pair(config: Config, model: Model, sizes: list[Size]) -> float:
+    """FLOPs that a pair's gradient needs, on average: nothing computed twice, no padding.
+
+    Twice the forward pass for adapters (the gradients of frozen weights are not needed), three
+    times for full fine-tuning.
+    """
+    forward = sum(model.backbone.flops(model.config, *size) for size in sizes)
+    return (3 if config.adapter.type == "none" else 2) * forward / (len(sizes) / 2)
+
+
+def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None) -> dict[str, Any]:
+    """Compile the train step of a configuration for a mesh and read the result.
+
+    Args:
+      config: checked.
+      mesh: of a topology's devices, or of simulated ones.
+      hbm: bytes of a chip.
+      folder: the model's folder; `model.path` by default.
+
+    Returns:
+      A JSON-able report, see `words`.
+
+    Raises:
+      UserError: if configuration, model and mesh do not fit together.
+    """
+    model = abstract_model(folder or config.model.path)
+    sizes = sample(config, model, Mix())
+    packed = shapes(config, model, sizes, row_shards(mesh))
+    layout = model.backbone.visual_layout(model.config)
+    trainer = aot.abstract_trainer(config, mesh, model.folder)
+    batch = aot.abstract_batch(packed.chunks, config.batch_size, layout, mesh)
+    spec = StepSpec(
+        compute=setup.compute(config),
+        temperature=config.temperature,
+        mask_duplicates=config.loss.mask_duplicate_targets,
+        cached=packed.cached,
+        dropout=config.adapter.type != "none" and config.adapter.dropout > 0,
+    )
+    trained, frozen = trainer.sizes()
+    report = {
+        "mesh": describe(mesh),
+        "assumptions": Mix().words(),
+        "batch_size": config.batch_size,
+        "grad_cache": packed.cached,
+        "chunk_tokens": packed.chunk_tokens,
+        "groups": [
+            {"chunks": c.chunks, "rows": c.rows, **dataclasses.asdict(c.row)} for c in packed.chunks
+        ],
+        "real_tokens": packed.token_share,
+        "real_units": packed.unit_share,
+        "parameters_trained": trained,
+        "parameters_frozen": frozen,
+        "useful_flops_per_pair": useful_flops_per_pair(config, model, sizes),
+        "hbm_bytes_per_chip": hbm,
+    }
+    try:
+        compiled = aot.compile_step(trainer, spec, batch)
+    except jax.errors.JaxRuntimeError as error:
+        needed = memory_refused(str(error))
+        if needed is None:
+            raise
+        return report | {"fits": False, "peak_bytes_per_chip": needed, "collectives": {}}
+    return report | measure(compiled, hbm)
+
+
+def measure(compiled: Any, hbm: int) -> dict[str, Any]:
+    """Memory and collectives of a compiled program."""
+    memory = compiled.memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    peak = int(sum(parts.values()))
+    found = hlo.collectives(compiled)
+    largest = sorted(found, key=lambda op: -op.bytes)[:5]
+    return {
+        "fits": peak <= hbm,
+        "peak_bytes_per_chip": peak,
+        "memory": parts,
+        "collectives": hlo.by_kind(found),
+        "largest_collectives": [str(op) for op in largest],
+    }
+
+
+def memory_refused(message: str) -> int | None:
+    """Bytes that a program needs, out of the TPU compiler's refusal; None for other errors."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
+    if found is None:
+        return None
+    return int(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " "))
+
+
+def words(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report as (subject, words)."""
+    peak, hbm = report["peak_bytes_per_chip"], report["hbm_bytes_per_chip"]
+    how = f"GradCache, chunks of {report['chunk_tokens']:,} tokens over all chips"
+    lines = [
+        ("mesh", report["mesh"]),
+        ("mixture", report["assumptions"]),
+        (
+            "parameters",
+            f"{report['parameters_trained']:,} trained, {report['parameters_frozen']:,} frozen",
+        ),
+        (
+            "batch",
+            f"{report['batch_size']} pairs; {how if report['grad_cache'] else 'all at once'}; "
+            f"{report['real_tokens']:.0%} of tokens and {report['real_units']:.0%} of crops real",
+        ),
+    ]
+    lines += [
+        (
+            "",
+            f"{g['chunks']} chunks of {g['rows']} rows of {g['tokens']} tokens, "
+            f"{g['units']} crops, {g['sequences']} sequences",
+        )
+        for g in report["groups"]
+    ]
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in report.get("memory", {}).items())
+    lines.append(
+        (
+            "memory",
+            f"{peak / 1e9:.2f} of {hbm / 1e9:.2f} GB per chip{f' ({parts})' if parts else ''}",
+        )
+    )
+    for place, kinds in report["collectives"].items():
+        told = "; ".join(
+            f"{kind} {n['operations']} times, largest {n['largest_bytes'] / 1e6:.2f} MB, in all "
+            f"{n['total_bytes'] / 1e6:.2f} MB"
+            for kind, n in kinds.items()
+        )
+        where = (
+            "outside loops" if place == "outside" else "inside loops, one pass of each chunk loop"
+        )
+        lines.append(("collectives", f"{where}: {told or 'none'}"))
+    flops = report["useful_flops_per_pair"] / 1e12
+    lines.append(("FLOPs", f"{flops:.1f} TFLOP useful per pair (nothing computed twice)"))
+    lines.append(("verdict", verdict(report)))
+    return lines
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """In plain words whether it fits."""
+    share = report["peak_bytes_per_chip"] / report["hbm_bytes_per_chip"]
+    if report["fits"]:
+        return f"it fits: {share:.0%} of a chip's memory"
+    return (
+        f"it does not fit: {share:.0%} of a chip's memory. Lower packing.chunk_tokens, raise "
+        f"mesh.fsdp, or set remat=full"
+    )
