@@ -31,7 +31,12 @@ HloModule jit_f, entry_computation_layout={()->f32[2]{0}}
   ROOT %g2 = bf16[4,4]{1,0:T(8,128)(2,1)S(1)} all-gather(%x), channel_id=3, dimensions={0}
 }
 
+%early (x: bf16[1,4]) -> bf16[1,4] {
+  ROOT %g4 = f32[9]{0} all-gather(%x), channel_id=11, dimensions={0}
+}
+
 %inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g5 = f32[9]{0} all-gather(%x), channel_id=11, dimensions={0}
   %f1 = bf16[4,4] fusion(%x), kind=kCustom, calls=%start
   %f2 = bf16[4,4] fusion(%x), kind=kCustom, calls=%overlapped
   %r = (f32[8]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), channel_id=4, to_apply=%sum
@@ -43,7 +48,11 @@ HloModule jit_f, entry_computation_layout={()->f32[2]{0}}
 
 %outer (p: (s32[], s32[])) -> (s32[], s32[]) {
   %w = (s32[], /*index=1*/f32[8]) while(%t), condition=%inner_condition, body=%inner
-  %c = f32[8] conditional(%k, %t, %u), branch_computations={%start, %never}
+  %c = f32[8] conditional(%k, %t, %u), branch_computations={%branch, %never}
+}
+
+%branch (x: bf16[1,4]) -> bf16[4,4] {
+  ROOT %g3 = bf16[4,4]{1,0} all-gather(%x), channel_id=8, dimensions={0}
 }
 
 %never (x: bf16[1,4]) -> f32[8] {
@@ -53,6 +62,7 @@ HloModule jit_f, entry_computation_layout={()->f32[2]{0}}
 ENTRY %main (p: f32[2]) -> f32[2] {
   %ag = (f32[2]{0}, f32[16]{0}) all-gather-start(%p), channel_id=1, dimensions={0}
   %agd = f32[16]{0} all-gather-done(%ag)
+  %f3 = bf16[4,4] fusion(%x), kind=kCustom, calls=%early
   %cp = (u8[4]{0}, u8[4]{0}, u32[], u32[]) collective-permute-start(%p), channel_id=2
   %w1 = (s32[], s32[]) while(%t), condition=%outer_condition, body=%outer, metadata={op_name="x"}
   %w2 = (s32[], f32[8]) while(%t), condition=%c, body=%last, x={"known_trip_count":{"n":"5"}}
@@ -65,7 +75,11 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 
 
 def test_everything_that_xla_writes():
-    found = {(op.kind, op.loops): op for op in hlo.collectives(TEXT)}
+    everything = hlo.collectives(TEXT)
+    # Channel 11 starts outside and is overlapped with a loop.
+    early = [op for op in everything if op.arrays[0].shape == (9,)]
+    assert [op.loops for op in early] == [()]
+    found = {(op.kind, op.loops): op for op in everything if op not in early}
     assert set(found) == {
         ("all-gather", ()),
         ("collective-permute", ()),
@@ -75,7 +89,7 @@ def test_everything_that_xla_writes():
         ("reduce-scatter", (5,)),
     }
     # The second copy of channel 3 in the same loop is the first one, overlapped.
-    assert len(hlo.collectives(TEXT)) == 6
+    assert len(everything) == 6 + 1
     start = found["all-gather", ()]
     assert [str(a) for a in start.arrays] == ["f32[16]"] and start.bytes == 64
     assert found["collective-permute", ()].bytes == 4
@@ -89,9 +103,9 @@ def test_everything_that_xla_writes():
 def test_sums_by_kind():
     sums = hlo.by_kind(hlo.collectives(TEXT), unknown=2)
     assert sums["outside"]["all-gather"] == {
-        "operations": 1,
+        "operations": 2,
         "largest_bytes": 64,
-        "total_bytes": 64,
+        "total_bytes": 64 + 36,
     }
     inside = sums["inside"]["all-gather"]
     assert inside == {"operations": 2, "largest_bytes": 32, "total_bytes": 2 * 32 + 62 * 32}

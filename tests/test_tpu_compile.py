@@ -72,8 +72,8 @@ def test_real_width_lora_step_for_a_v5e_slice(tmp_path, environment, repository)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    # A quarter of 0.54 G decoder, 0.2 G vocabulary and 0.33 G vision parameters in bf16.
-    assert 0.4e9 < report["memory"]["arguments"] < 0.7e9
+    # A quarter of 0.57 G decoder and 0.1 G vocabulary parameters in bf16; vision is not asked for.
+    assert 0.3e9 < report["memory"]["arguments"] < 0.45e9
     assert report["fits"] and report["peak_bytes_per_chip"] < 4e9
     found = report["found"]
     layer = {(1, 3072, 16384), (1, 3072, 9216), (1, 8192, 3072), (1, 3072, 3072)}

@@ -112,8 +112,8 @@ def collectives(program: Any) -> list[Collective]:
                 source, channel = _SOURCE.search(line), _CHANNEL.search(line)
                 words = source.group(1) if source else ""
                 # A TPU writes an asynchronous collective once more into each fusion that it
-                # overlaps; the channel is the same.
-                same = (kind, channel.group(1) if channel else line, loops)
+                # overlaps, be it inside a loop; the channel is the same, and the start comes first.
+                same = (kind, channel.group(1) if channel else (line, loops))
                 if same not in seen:
                     found.append(Collective(kind, _result(line, opcode), loops, words))
                 seen.add(same)

@@ -220,7 +220,7 @@ def words(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
         lines.append(("collectives", f"{where}: {told or 'none'}"))
     flops = report["useful_flops_per_pair"] / 1e12
-    lines.append(("FLOPs", f"{flops:.1f} TFLOP useful per pair (nothing computed twice)"))
+    lines.append(("FLOPs", f"{flops:.3g} TFLOP useful per pair (nothing computed twice)"))
     lines.append(("verdict", verdict(report)))
     return lines
 

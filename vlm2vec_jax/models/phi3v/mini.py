@@ -296,8 +296,8 @@ def random_weights(sizes: MiniSizes, vocab: int, seed: int) -> dict[str, np.ndar
     p = sizes.patch_size
     normal(f"{clip}.embeddings.class_embedding", (c,), 0.3)
     normal(f"{clip}.embeddings.patch_embedding.weight", (c, 3, p, p), 1 / math.sqrt(3 * p * p))
-    weights[f"{clip}.embeddings.position_embedding.weight"] = 0.4 * grid_positions(
-        sizes.image_size // p, c
+    normal(
+        f"{clip}.embeddings.position_embedding.weight", ((sizes.image_size // p) ** 2 + 1, c), 0.3
     )
     layer_norm(f"{clip}.pre_layrnorm")  # the real checkpoint's spelling
     for k in range(sizes.vision_layers):
@@ -311,21 +311,6 @@ def random_weights(sizes: MiniSizes, vocab: int, seed: int) -> dict[str, np.ndar
         linear(f"{layer}.mlp.fc2", c, vf, vision_residual)
     layer_norm(f"{clip}.post_layernorm")
     return weights
-
-
-def grid_positions(side: int, width: int) -> np.ndarray:
-    """Position vectors of a class token (zero) and side x side patches, f32 [side^2 + 1, width].
-
-    Sines and cosines of row and column: a tower that starts from nothing would otherwise spend
-    its first steps on finding out which patches are neighbours.
-    """
-    quarter = -(-width // 4)
-    frequencies = 10.0 ** -(np.arange(quarter) / quarter)
-    angles = np.arange(side)[:, None] * frequencies
-    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    rows, columns = np.repeat(waves, side, axis=0), np.tile(waves, (side, 1))
-    patches = np.concatenate([rows, columns], axis=1)[:, :width]
-    return np.concatenate([np.zeros((1, width)), patches]).astype(np.float32)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
