@@ -74,7 +74,10 @@ class Mixture:
         per_epoch = int(ends[-1])
         order = grain.MapDataset.range(per_epoch).seed(self.seed).shuffle().repeat()
         within = [
-            grain.MapDataset.range(max(n, 1)).seed((self.seed + 1 + s) % MAX_SEED).shuffle().repeat()
+            grain.MapDataset.range(max(n, 1))
+            .seed((self.seed + 1 + s) % MAX_SEED)
+            .shuffle()
+            .repeat()
             for s, n in enumerate(rows)
         ]
         starts = np.concatenate([[0], self._ends[:-1]])
