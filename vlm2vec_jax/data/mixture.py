@@ -84,11 +84,12 @@ class Mixture:
 
         def row(position: int) -> int:
             block, place = divmod(int(position), size)
-            epoch, number = block // per_epoch, int(order[block])
+            epoch, number = block // per_epoch, int(order[block])  # pyright: ignore[reportArgumentType]
             s = int(np.searchsorted(ends, number, side="right"))
             first = number - (int(ends[s - 1]) if s else 0)
             at = (first * size + place) % rows[s]
-            return int(starts[s]) + int(within[s][epoch * rows[s] + at])
+            own = within[s][epoch * rows[s] + at]
+            return int(starts[s]) + int(own)  # pyright: ignore[reportArgumentType]
 
         return grain.MapDataset.range(_ENDLESS).map(row)
 
