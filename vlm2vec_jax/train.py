@@ -99,8 +99,8 @@ def train(config: Config) -> None:
             while done < config.steps:
                 asked = time.perf_counter()
                 _, packed, stats = next(batches)
-                batch = trainer.put(setup.train_batch(packed, stats))
                 waited = time.perf_counter() - asked
+                batch = trainer.put(setup.train_batch(packed, stats))
                 trainer.state, values = step_fn(trainer.state, trainer.frozen, batch, key)
                 done += 1
                 if waiting is not None:

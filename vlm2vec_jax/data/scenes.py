@@ -35,10 +35,10 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 TINTS: dict[str, tuple[int, int, int]] = {
-    "grey": (200, 200, 200),
-    "pink": (248, 200, 214),
-    "mint": (190, 240, 210),
-    "sand": (238, 220, 178),
+    "grey": (182, 182, 182),
+    "pink": (252, 178, 210),
+    "mint": (160, 240, 192),
+    "sand": (240, 216, 156),
 }
 TEXTURES = ("wall", "stripes", "lines", "dots", "checks")
 SIDES = ("left", "right")
@@ -297,9 +297,9 @@ def _star(size: int) -> list[tuple[float, float]]:
 
 def _background(place: Place, rng: np.random.Generator) -> np.ndarray:
     """Draw a place as f32 [SIZE, SIZE, 3]: a light tint with a darker pattern of random phase."""
-    p, q = (int(phase) for phase in rng.integers(0, 14, 2))
+    p, q = (int(phase) for phase in rng.integers(0, 3, 2))
     tint = np.asarray(TINTS[place.tint], np.float32) + rng.uniform(-4, 4, 3)
-    return (tint - 28.0 * _pattern(place.texture, p, q)[..., None]).astype(np.float32)
+    return (tint - 46.0 * _pattern(place.texture, p, q)[..., None]).astype(np.float32)
 
 
 @functools.cache
@@ -309,11 +309,11 @@ def _pattern(texture: str, p: int, q: int) -> np.ndarray:
     if texture == "wall":
         return np.zeros((SIZE, SIZE), bool)
     if texture == "stripes":
-        return (x + p) % 10 < 4
+        return (x + p) % 14 < 6
     if texture == "lines":
-        return (y + q) % 10 < 4
+        return (y + q) % 14 < 6
     if texture == "dots":
-        return ((x + p) % 10 - 4.5) ** 2 + ((y + q) % 10 - 4.5) ** 2 <= 9.0
+        return ((x + p) % 14 - 6.5) ** 2 + ((y + q) % 14 - 6.5) ** 2 <= 14.0
     if texture == "checks":
         return ((x + p) // 7 + (y + q) // 7) % 2 == 0
     raise ValueError(f"unknown texture {texture!r}")

@@ -55,12 +55,12 @@ class MiniSizes:
     """
 
     hidden_size: int = 128
-    intermediate_size: int = 384
+    intermediate_size: int = 256
     layers: int = 4
     heads: int = 4
     kv_heads: int = 4
     vision_size: int = 128
-    vision_intermediate: int = 384
+    vision_intermediate: int = 256
     vision_layers: int = 4
     vision_heads: int = 4
     image_size: int = 56
