@@ -35,7 +35,7 @@ data.max_examples_per_subset data.num_crops data.max_len data.on_bad_example bat
 temperature output optim.lr optim.warmup_steps optim.schedule optim.weight_decay optim.clip_norm
 mesh.data mesh.fsdp mesh.tensor grad_cache checkpoint.every checkpoint.keep""".split()
 
-PINNED = "e614b58bb36d8e754df8d737364c681c21b21d002a1b4709d2c5c7f1c8343fd9"
+PINNED = "a16877c31a20691517fbc39f3b68795e5f56d920372ff7ce9b122733cab95a47"
 
 GOLDEN_CONFIGS = ["mini", "mmeb", "mmeb:lora", "mmeb:full"]
 
