@@ -110,10 +110,9 @@ def spread(base: Path, shape: tuple[int, int, int]) -> Embedder:
 @pytest.mark.parametrize(
     "shape",
     [
-        (8, 1, 1),
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
         pytest.param((2, 4, 1), marks=pytest.mark.slow),
         pytest.param((2, 2, 2), marks=pytest.mark.slow),
-        pytest.param((1, 4, 2), marks=pytest.mark.slow),
     ],
 )
 def test_any_mesh_gives_the_same(folder, alone, shape):

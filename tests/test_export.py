@@ -125,6 +125,7 @@ def test_exports_of_a_real_run_embed_as_it_does(kind, goldens, tmp_path):
         assert record_of(out)["exported"]["step"] == STEPS
 
 
+@pytest.mark.slow
 def test_exports_hold_what_was_trained(saved, tmp_path):
     kind, run, moved = saved
     before = leaves(run)

@@ -23,8 +23,6 @@ MINI = MiniSizes(
 QUICK = {"xla_backend_optimization_level": 0}
 """Compiler options where compiling takes most of a test's time."""
 
-MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]
-
 
 def mini_model(folder: Path) -> Path:
     """An untrained model folder that learned its tokenizer from a few lines."""
