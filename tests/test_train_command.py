@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from data_files import make_train
+from small_models import quick_compiler
 from training_tools import mini_model
 
 from vlm2vec_jax import train
@@ -99,10 +99,8 @@ def test_curves_of_the_reference(kind, goldens, repository, tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with quick_compiler():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import quick_compiler
 from training_tools import (
     check_gradients,
     encode,
@@ -35,10 +36,8 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with quick_compiler():
+        yield
 
 
 @pytest.fixture(scope="module")
