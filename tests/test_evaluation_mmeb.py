@@ -52,3 +52,19 @@ def test_names_are_found_in_both_spellings_and_nothing_is_guessed():
 def test_order_is_the_table_then_names():
     names = ["zeta", "RefCOCO", "alpha", "ImageNet-1K", "MSCOCO"]
     assert mmeb.in_order(names) == ["ImageNet-1K", "MSCOCO", "RefCOCO", "alpha", "zeta"]
+
+
+def test_one_metric_and_a_thousand_queries_each():
+    assert {(d.metric, d.queries) for d in mmeb.DATASETS} == {("hit@1", 1000)}
+    assert mmeb.find("HatefulMemes").chance == 0.5
+    assert all(len(d.published) == 20 for d in mmeb.DATASETS)
+
+
+def test_the_training_sizes_are_the_cards():
+    # Counts of a training log where the cards have more than thousands.
+    exact = {"N24News": 48_988, "HatefulMemes": 8_500, "VOC2007": 7_844, "SUN397": 19_850}
+    exact |= {"OK-VQA": 9_009, "A-OKVQA": 17_056}
+    for name, rows in exact.items():
+        assert mmeb.find(name).train_rows == rows
+    capped = sum(min(d.train_rows, 50_000) for d in mmeb.DATASETS)
+    assert round(capped, -3) == 662_000  # "about 662 K" under the paper's cap of 50 K a dataset

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from vlm2vec_jax.evaluation import published as published_scores
+
 MetaTask = Literal["classification", "vqa", "retrieval", "grounding"]
 Split = Literal["ind", "ood"]
 Modality = Literal["image", "text", "image+text"]
@@ -37,6 +39,8 @@ class Dataset:
       candidates: length of a row's candidate list.
       train_rows: rows of MMEB-train's `original` split, 0 for a held-out dataset. Where the
         cards give only thousands the figure is rounded.
+      queries: rows of MMEB-eval's `test` split.
+      metric: the score that counts, as MMEB-V2's score files name it.
     """
 
     name: str
@@ -46,6 +50,18 @@ class Dataset:
     target: Modality
     candidates: int
     train_rows: int = 0
+    queries: int = 1000
+    metric: str = "hit@1"
+
+    @property
+    def chance(self) -> float:
+        """The score of a blind guess, as a fraction."""
+        return 1 / self.candidates
+
+    @property
+    def published(self) -> dict[str, float]:
+        """Published percentages on this dataset by model (`published.PUBLISHED`)."""
+        return published_scores.of_dataset(self.name)
 
     @property
     def train_name(self) -> str:
