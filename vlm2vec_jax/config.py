@@ -12,10 +12,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.options import OPTIONS
 
 REFERENCE_TARGETS = "qkv_proj,o_proj,gate_up_proj,down_proj,k_proj,q_proj,out_proj,v_proj"
 """The reference's default list of adapted linears: suffixes of the checkpoint's own names, so on
@@ -40,11 +41,17 @@ class ModelConfig(_Group):
       adapter: a PEFT adapter folder to start from; empty for a fresh one.
       dtype: "bfloat16" or "float32": what frozen weights and activations are kept in. Trained
         parameters, the loss and the optimizer are float32 either way.
+      image_positions: where image tokens stand, for backbones that have a choice: "mrope",
+        "by_vision_start" or "sequential"; empty for what the model was trained with.
+      image_markers: what `<|image_k|>` becomes, for backbones that have a choice: "bare" or
+        "wrapped"; empty for what the model was trained with.
     """
 
     path: str = ""
     adapter: str = ""
     dtype: str = "bfloat16"
+    image_positions: str = ""
+    image_markers: str = ""
 
 
 @dataclasses.dataclass
@@ -56,7 +63,8 @@ class AdapterConfig(_Group):
       rank: width of the low-rank product.
       alpha: the product is scaled by alpha / rank.
       dropout: share of the low-rank path's input that is dropped in training.
-      targets: names of the adapted linears, matched as suffixes; a comma list ("A,B").
+      targets: names of the adapted linears, matched as suffixes; a comma list ("A,B"); "auto"
+        for the text model's projections, by the backbone's own names.
     """
 
     type: str = "dora"
@@ -78,7 +86,14 @@ class DataConfig(_Group):
       max_examples_per_subset: the first so many rows of each subset; 0 for all.
       sub_batch: rows of one subset that stand together in a batch, so that a query meets negatives
         of its own kind; 0 mixes row by row as the reference does.
-      num_crops: most local crops per image; 0 for what the model folder says.
+      num_crops: most local crops per image, for backbones that cut crops; 0 for what the model
+        folder says.
+      resolution: "native", "high", "mid" or "low", see `options.OPTIONS`; empty for what the model
+        was trained with.
+      min_pixels: fewest pixels of an image, for backbones of dynamic resolution; 0 for what the
+        model folder says.
+      max_pixels: the most; likewise.
+      transparency: "white" or "drop"; empty for what the model was trained with.
       max_len: most tokens of a sequence, cutting text and never an image; 0 for what the model
         folder says.
       on_bad_example: "error" stops before the first step and lists them, "skip" leaves them out
@@ -93,6 +108,10 @@ class DataConfig(_Group):
     max_examples_per_subset: int = 0
     sub_batch: int = 0
     num_crops: int = 4
+    resolution: str = ""
+    min_pixels: int = 0
+    max_pixels: int = 0
+    transparency: str = ""
     max_len: int = 256
     on_bad_example: str = "error"
     workers: int = 0
@@ -242,6 +261,10 @@ NOT_DECIDING = (
 """Fields (or whole groups) that decide where and how fast, not what is learned."""
 
 
+_ADDED = tuple(o.field for n, o in OPTIONS.items() if n not in ("num_crops", "max_len"))
+"""Fields that older versions did not have: at their default they leave the fingerprint alone."""
+
+
 def names(value: Any) -> tuple[str, ...]:
     """Read a list of names: "A,B", the text of a list or tuple, or a real one.
 
@@ -278,6 +301,20 @@ def subset_names(config: Config) -> tuple[str, ...]:
 def target_names(config: Config) -> tuple[str, ...]:
     """The suffixes in `adapter.targets`."""
     return names(config.adapter.targets)
+
+
+def processor_options(config: Config, known: Collection[str]) -> dict[str, Any]:
+    """What the configuration chooses about encoding, None where it leaves the choice open.
+
+    A field that was left at its default is no choice to a backbone that has no such option
+    (`data.num_crops` is 4 by default, and most backbones cut no crops).
+    """
+    values, defaults = flatten(config), flatten(Config())
+    return {
+        name: values[option.field] or None
+        for name, option in OPTIONS.items()
+        if name in known or values[option.field] != defaults[option.field]
+    }
 
 
 def field_types() -> dict[str, type]:
@@ -390,7 +427,8 @@ def fingerprint(config: Config) -> str:
 
     Two configurations with one fingerprint train the same model up to rounding and dropout draws.
     """
-    text = json.dumps(deciding(config), sort_keys=True, separators=(",", ":"))
+    values = {path: v for path, v in deciding(config).items() if v or path not in _ADDED}
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

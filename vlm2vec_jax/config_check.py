@@ -12,11 +12,13 @@ from typing import Any
 from vlm2vec_jax import config as config_lib
 from vlm2vec_jax.config import LISTS, assign, field_types, flatten, names
 from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.options import OPTIONS
 
 CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
     "adapter.type": ("lora", "dora", "none"),
     "data.on_bad_example": ("error", "skip"),
+    **{o.field: ("", *o.choices) for o in OPTIONS.values() if o.choices},
     "optim.schedule": ("linear", "cosine", "constant"),
     "grad_cache": ("auto", "on", "off"),
     "attention": ("auto", "xla", "cudnn", "splash"),
@@ -29,6 +31,8 @@ _AT_LEAST = {
     "data.max_examples_per_subset": 0,
     "data.sub_batch": 0,
     "data.num_crops": 0,
+    "data.min_pixels": 0,
+    "data.max_pixels": 0,
     "data.max_len": 0,
     "data.workers": 0,
     "optim.warmup_steps": 0,
@@ -125,7 +129,7 @@ def _wrong_types(config: config_lib.Config) -> dict[str, str]:
 def _wrong_values(values: Mapping[str, Any]) -> list[str]:
     problems = [f"{p} is empty" for p in _FILLED if p in values and not values[p].strip()]
     problems += [
-        f"{p} must be one of {', '.join(words)}, not {values[p]!r}"
+        f"{p} must be one of {', '.join(filter(None, words))}, not {values[p]!r}"
         for p, words in CHOICES.items()
         if p in values and values[p] not in words
     ]
@@ -170,6 +174,9 @@ def _wrong_together(values: Mapping[str, Any]) -> list[str]:
     block = get("data.sub_batch", 0)
     if batch is not None and block > 1 and batch % block:
         problems.append(f"batch_size ({batch}) is not a multiple of data.sub_batch ({block})")
+    fewest, most = get("data.min_pixels", 0), get("data.max_pixels", 0)
+    if 0 < most < fewest:
+        problems.append(f"data.min_pixels ({fewest}) is more than data.max_pixels ({most})")
     row, chunk = get("packing.row_tokens", 0), get("packing.chunk_tokens", 0)
     if row > 0 and chunk > 0 and chunk % row:
         problems.append(

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.flags import run
+from vlm2vec_jax.flags import define_processor_options, processor_options, run
 from vlm2vec_jax.images import image_size
 from vlm2vec_jax.inputs import BadInputs, MultimodalInput
 
@@ -33,12 +33,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "dtype", "bfloat16", ["bfloat16", "float32"], "of the computation", flag_values=values
     )
-    for name, words in (
-        ("num_crops", "most sub-images per image; the model's own by default"),
-        ("max_len", "most tokens of a text; the model's own by default"),
-        ("batch_tokens", "tokens embedded at a time; chosen for the device by default"),
-    ):
-        flags.DEFINE_integer(name, None, words, lower_bound=1, flag_values=values)
+    define_processor_options(values)
+    words = "tokens embedded at a time; chosen for the device by default"
+    flags.DEFINE_integer("batch_tokens", None, words, lower_bound=1, flag_values=values)
 
 
 def main(args: Any) -> None:
@@ -53,9 +50,10 @@ def main(args: Any) -> None:
         args.model,
         adapter=args.adapter,
         dtype=args.dtype,
-        num_crops=args.num_crops,
-        max_len=args.max_len,
+        **processor_options(args),
     )
+    for remark in embedder.remarks:
+        print(remark)
     try:
         embeddings = embedder.encode(inputs, batch_tokens=args.batch_tokens, progress=True)
     except BadInputs as error:  # what only decoding shows: truncated images, too long inputs

@@ -26,6 +26,7 @@ from vlm2vec_jax.models.loading import (
     fill,
     flatten,
     load_model,
+    open_processor,
     split_trainable,
 )
 from vlm2vec_jax.nn.compute import Compute
@@ -70,6 +71,7 @@ class Embedder:
         refresh_dora_norms(model.module)
         graphdef, self._state = nnx.split(model.module)
         self._embed = jax.jit(functools.partial(_embed, graphdef, compute))
+        self.remarks = model.remarks
         self._identity: dict[str, Any] = {}
         self._used_rows: set[tuple[bool, int]] = set()
 
@@ -84,6 +86,7 @@ class Embedder:
         num_crops: int | None = None,
         max_len: int | None = None,
         attention: str = "auto",
+        **options: Any,
     ) -> Embedder:
         """Load a model.
 
@@ -97,6 +100,7 @@ class Embedder:
             its folder says.
           max_len: most tokens of a text; by default as trained, or the tokenizer's limit.
           attention: kernel, see `nn.attention`.
+          **options: further processor options that the backbone has, see `options.OPTIONS`.
 
         Raises:
           UserError: for whatever is wrong with the folders, in words.
@@ -105,13 +109,8 @@ class Embedder:
             raise UserError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
         source = locate(path, adapter)
         model, trained_as = load_source(source, dtype=dtype, mesh=mesh)
-        settings = (source.record or {}).get("processor", {})
-        processor = model.backbone.processor(
-            source.base,
-            model.config,
-            num_crops=num_crops or settings.get("num_crops"),
-            max_len=max_len or settings.get("max_len"),
-        )
+        given = {"num_crops": num_crops, "max_len": max_len, **options}
+        processor = open_processor(model, source, given)
         embedder = cls(model, processor, Compute(dtype, attention), mesh)  # type: ignore[arg-type]
         embedder._identity = {"base": identity(source.base), **trained_as}
         return embedder
@@ -198,7 +197,8 @@ class Embedder:
             "some inputs are too long",
             problems,
             advice=f"max_len (at most {self._max_tokens}) cuts texts. An input with images is "
-            f"never cut: shorten its text, give it fewer images, or lower num_crops.",
+            f"never cut: shorten its text, give it fewer images, or lower num_crops "
+            f"or max_pixels.",
         )
         return sizes
 

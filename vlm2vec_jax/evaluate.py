@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from vlm2vec_jax.flags import run
+from vlm2vec_jax.flags import define_processor_options, processor_options, run
 
 DTYPES = ("bfloat16", "float32")
 SIMILARITIES = ("cosine", "dot")
@@ -41,8 +41,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "similarity", "cosine", SIMILARITIES, "how a target is scored", flag_values=values
     )
-    number("num_crops", "most sub-images per image; the model's own by default")
-    number("max_len", "most tokens of an input, images never cut; the model's own by default")
+    define_processor_options(values)
     number("batch_tokens", "tokens embedded at a time; chosen for the device by default")
 
 
@@ -67,9 +66,10 @@ def main(args: Any) -> None:
         args.model,
         adapter=args.adapter,
         dtype=args.dtype,
-        num_crops=args.num_crops,
-        max_len=args.max_len,
+        **processor_options(args),
     )
+    for remark in getattr(encoder, "remarks", ()):
+        say(remark)
     options: dict[str, Any] = {"progress": True}
     if args.batch_tokens:
         options["batch_tokens"] = args.batch_tokens

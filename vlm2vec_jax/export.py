@@ -197,9 +197,9 @@ def _record(
     """`vlm2vec.json` of the export: the run's, and what has been done to it since."""
     record = source.record
     if record is None:
-        processor = model.backbone.processor(
-            source.base, model.config, num_crops=None, max_len=None
-        )
+        from vlm2vec_jax.models.loading import open_processor
+
+        processor = open_processor(model, source, {})
         record = make_record(
             backbone=model.backbone.name,
             base=source.base,

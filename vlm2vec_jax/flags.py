@@ -31,6 +31,7 @@ from ml_collections import config_flags
 
 from vlm2vec_jax import config as config_lib
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.options import OPTIONS
 
 USER_ERROR = 2
 """Exit code for everything that the user can mend."""
@@ -94,6 +95,21 @@ def define_config(values: flags.FlagValues, argv: Sequence[str] | None = None) -
         flag_values=values,
         sys_argv=list(sys.argv if argv is None else argv),
     )
+
+
+def define_processor_options(values: flags.FlagValues) -> None:
+    """Add a flag per processor option, none of which has a default."""
+    for name, option in OPTIONS.items():
+        words = f"{option.words}; the model's own by default"
+        if option.choices:
+            flags.DEFINE_enum(name, None, option.choices, words, flag_values=values)
+        else:
+            flags.DEFINE_integer(name, None, words, lower_bound=1, flag_values=values)
+
+
+def processor_options(args: Any) -> dict[str, Any]:
+    """The processor options that were given on the command line."""
+    return {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
 
 
 def experiment(args: Any) -> config_lib.Config:

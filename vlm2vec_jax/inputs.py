@@ -122,8 +122,9 @@ class EncodedInput:
       tokens: i32 [T]; 0 where a visual feature stands.
       feature_index: i32 [T]; -1 for a text token, otherwise the row of the visual feature
         table that stands there, units counted from 0 within this sequence (`VisualLayout`).
-      positions: i32 [T].
-      visual: arrays with a leading axis of visual units (crops); empty for a text.
+      positions: i32 [T], or [T, A] where the layout has A position axes.
+      visual: arrays with a leading axis of visual units; empty for a text. A unit is the piece of
+        image that the backbone counts in: a crop (Phi-3.5-V), a merged patch (Qwen), a tile.
       units: how many visual units.
     """
 
@@ -139,20 +140,30 @@ class EncodedInput:
 
 @dataclasses.dataclass(frozen=True)
 class VisualLayout:
-    """How a row's visual feature table is laid out, so that the packer can shift indices.
+    """How the arrays of a row are laid out, so that the packer can shift, fill and announce them.
 
-    The table of a row is `shared_features` rows that every sequence shares (Phi-3.5-V: newline,
-    separator), then `features_per_unit` rows for each visual unit in order.
+    The visual feature table of a row is `shared_features` rows that every sequence shares
+    (Phi-3.5-V: newline, separator), then `features_per_unit` rows for each visual unit in order.
+    Units of a row lie end to end; whatever a unit must know of its image (which grid, which
+    place) it carries itself, relative to its own place, so that packing never rewrites it.
 
     Attributes:
       shared_features: rows before the first unit.
-      features_per_unit: rows per unit (Phi-3.5-V: 144 per crop of 336 pixels).
+      features_per_unit: rows per unit (Phi-3.5-V: 144 per crop of 336 pixels; Qwen: 1 per merged
+        patch).
       units: for each visual array its shape behind the unit axis and its numpy dtype name.
+      position_axes: 0 for one position per token, else the axes of each (3 with M-RoPE).
     """
 
     shared_features: int
     features_per_unit: int
     units: dict[str, tuple[tuple[int, ...], str]]
+    position_axes: int = 0
+
+    @property
+    def position_shape(self) -> tuple[int, ...]:
+        """Shape of `positions` behind the token axis: () or (A,)."""
+        return (self.position_axes,) if self.position_axes else ()
 
 
 class BadInputs(UserError):

@@ -7,7 +7,8 @@ The planner itself is `planning.py`; its names are re-exported here. Numpy only.
                                  -> arrange -> fill_chunks    (training; `chunked` does both)
                                  -> unpack                    (embeddings back into input order)
 
-Axes: R rows, T tokens in a row, S sequences in a row, C visual units (crops) in a row, K chunks.
+Axes: R rows, T tokens in a row, S sequences in a row, C visual units in a row, K chunks,
+A position axes.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class PackedBatch(NamedTuple):
       tokens: i32 [R, T]; 0 in padding and where a visual feature stands.
       feature_index: i32 [R, T]; -1 for text and padding, otherwise a row of the visual feature
         table of this row (`inputs.VisualLayout`).
-      positions: i32 [R, T]; each sequence counts its own, 0 in padding.
+      positions: i32 [R, T] or [R, T, A]; each sequence counts its own, 0 in padding.
       segment_ids: i32 [R, T]; 0 = padding, sequences 1, 2, ... in order.
       pool_index: i32 [R, S]; where in the row each sequence's last token stands, 0 if empty.
       slot: i32 [R, S]; which example each sequence is, -1 if empty.
@@ -181,7 +182,8 @@ def fill(
     if len(rows) > count:
         raise ValueError(f"{len(rows)} rows do not fit in {count}")
     tokens = np.zeros((count, shape.tokens), np.int32)
-    positions, segment_ids = np.zeros_like(tokens), np.zeros_like(tokens)
+    positions = np.zeros((*tokens.shape, *layout.position_shape), np.int32)
+    segment_ids = np.zeros_like(tokens)
     feature_index = np.full_like(tokens, -1)
     pool_index = np.zeros((count, shape.sequences), np.int32)
     slot = np.full_like(pool_index, -1)
@@ -202,6 +204,11 @@ def fill(
                     f"row of {shape.tokens} and {shape.units}"
                 )
             tokens[r, start:end] = item.tokens
+            if np.shape(item.positions) != (len(item), *layout.position_shape):
+                raise ValueError(
+                    f"item {index}: positions have shape {np.shape(item.positions)} for "
+                    f"{len(item)} tokens with {layout.position_axes or 'no'} position axes"
+                )
             positions[r, start:end] = item.positions
             segment_ids[r, start:end] = s + 1
             if item.units:

@@ -314,8 +314,8 @@ def _check_items(
     raise_problems(
         "items that fit no row",
         problems,
-        advice="Raise max_row_tokens (and max_row_units if it is set), lower num_crops, "
-        "or set max_len so that texts are cut.",
+        advice="Raise max_row_tokens (and max_row_units if it is set), lower num_crops or "
+        "max_pixels, or set max_len so that texts are cut.",
     )
 
 

@@ -92,7 +92,7 @@ def train(config: Config) -> None:
             setup.batches(config, data, processor, packer, done) as batches,
             MetricsWriter(output, config.steps, done, log_every=config.log_every) as metrics,
         ):
-            for message in data.remarks:
+            for message in [*model.remarks, *data.remarks]:
                 metrics.message(message)
             waiting = None
             started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,24 +42,33 @@ class Processor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """One vision-language model family.
+    """One vision-language model family; `docs/porting-a-backbone.md` says how to add one.
 
     Attributes:
       name: HF's `model_type`.
       read_config: HF folder -> configuration (frozen dataclass).
       build: (configuration, rngs) -> nnx module with `model(batch, compute, key=...)`.
-      table: configuration -> HF names of all leaves.
-      processor: (folder, configuration, num_crops or None, max_len or None) -> Processor.
+      table: configuration -> HF names of all leaves, with the spellings of every generation.
+      processor: (folder, configuration, **options) -> Processor; a keyword for each of `options`,
+        None for what the folder says.
+      options: the processor options (`options.OPTIONS`) that mean something here.
       sharding: (path pattern, PartitionSpec) rules for `parallel.sharding`.
       unused: pattern of leaves that never influence an embedding: never trained.
+      targets: the linears that `adapter.targets=auto` adapts, as PEFT's `target_modules`: a list
+        of endings of HF names, or one regular expression.
       width: configuration -> D.
       max_tokens: configuration -> longest sequence that the positions allow.
       activation_bytes: (configuration, remat, bytes of an element) -> estimated bytes that the
         backward pass keeps per token and per visual unit.
       flops: (configuration, tokens, visual units) -> FLOPs of one sequence's forward pass that
         its embedding needs.
-      image_size: (configuration, num_crops, width, height) -> tokens and visual units of an image.
-      visual_layout: configuration -> layout of a row's visual feature table.
+      image_size: (configuration, options by name, width, height) -> tokens and visual units of an
+        image; where no processor is read. UserError for an option that it cannot do without.
+      visual_layout: configuration -> layout of a row's arrays.
+      reference_options: the options that VLM2Vec's own checkpoints of this family were trained
+        with, taken where such a checkpoint is recognised.
+      sentence_transformers: whether sentence-transformers can load this family through
+        transformers, so that an export gets the files for it.
     """
 
     name: str
@@ -67,14 +76,18 @@ class Backbone:
     build: Callable[..., Any]
     table: Callable[[Any], Table]
     processor: Callable[..., Processor]
+    options: tuple[str, ...]
     sharding: list[tuple[str, Any]]
     unused: str
+    targets: tuple[str, ...] | str
     width: Callable[[Any], int]
     max_tokens: Callable[[Any], int]
     activation_bytes: Callable[[Any, str, int], tuple[float, float]]
     flops: Callable[[Any, int, int], float]
-    image_size: Callable[[Any, int, int, int], tuple[int, int]]
+    image_size: Callable[[Any, Mapping[str, Any], int, int], tuple[int, int]]
     visual_layout: Callable[[Any], VisualLayout]
+    reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sentence_transformers: bool = False
 
     def is_unused(self, path: str) -> bool:
         """Whether a leaf cannot influence an embedding."""

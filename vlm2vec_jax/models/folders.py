@@ -13,6 +13,7 @@ from vlm2vec_jax.record import identity, read_record
 from vlm2vec_jax.weights.adapter_config import CONFIG as ADAPTER_CONFIG
 from vlm2vec_jax.weights.adapter_config import read_config
 
+_CARD = 1 << 16
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -89,6 +90,25 @@ def _trained(named: str | os.PathLike, folder: Path, record: dict[str, Any] | No
     raise UserError(
         f"{folder} was trained from the model in {base['path']}, which {trouble}; {advice}"
     )
+
+
+def of_the_reference(source: ModelSource) -> bool:
+    """Whether a model was published by the authors of VLM2Vec, as far as its folder tells.
+
+    Such a folder has no record of ours. It goes by the name in its path or hub id, the hub cache's
+    folder, or its model card.
+    """
+    if source.record is not None:
+        return False
+    folder = source.adapter or source.base
+    # Of the path only what names the model: people work in folders called vlm2vec.
+    names = [*Path(source.named).parts[-2:]] if source.adapter is None else []
+    names += [folder.name, *(p for p in folder.resolve().parts if p.startswith("models--"))]
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:_CARD]
+    except OSError:
+        card = ""
+    return any("vlm2vec" in text.lower() for text in (*names, card))
 
 
 def local_folder(named: str | os.PathLike, near: Path | None = None) -> Path:

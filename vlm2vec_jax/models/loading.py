@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlm2vec_jax.models.base import Backbone
+from vlm2vec_jax import options as options_lib
+from vlm2vec_jax.models.base import Backbone, Processor
+from vlm2vec_jax.models.folders import ModelSource, of_the_reference
 from vlm2vec_jax.models.registry import backbone_of
 from vlm2vec_jax.nn.linear import linears
 from vlm2vec_jax.parallel import sharding
@@ -34,12 +36,14 @@ class Model:
       config: the family's configuration.
       folder: the HF folder that it came from.
       module: nnx module; called as `module(batch, compute, key=...)`.
+      remarks: what a user should be told about how the model is used.
     """
 
     backbone: Backbone
     config: Any
     folder: Path
     module: Any
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def table(self):
@@ -81,6 +85,32 @@ def load_model(
     with Checkpoint(Path(folder)) as checkpoint:
         model.module = fill(model.module, load_leaves(checkpoint, model.table, abstract))
     return model
+
+
+def open_processor(model: Model, source: ModelSource, given: Mapping[str, Any]) -> Processor:
+    """The processor of a model.
+
+    Args:
+      model: of the folder `source.base`; gets a remark where VLM2Vec's own use is followed.
+      source: where the model comes from; its record says how it was trained.
+      given: processor options that the user chose; None is not chosen.
+
+    Raises:
+      UserError: for options that mean nothing to this backbone, and bad files.
+    """
+    backbone = model.backbone
+    recorded = (source.record or {}).get("processor", {})
+    published = bool(backbone.reference_options) and of_the_reference(source)
+    if published:
+        recorded = backbone.reference_options
+    options = options_lib.choose(backbone.name, backbone.options, given, recorded)
+    if published:
+        told = ", ".join(f"{name}={options[name]}" for name in backbone.reference_options)
+        model.remarks.append(
+            f"{source.named} is taken for one of VLM2Vec's own checkpoints: {told}. Options of "
+            f"these names choose otherwise"
+        )
+    return backbone.processor(source.base, model.config, **options)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -29,5 +29,13 @@ def backbone_of(folder: str | Path) -> Backbone:
         raise UserError(f"{path} cannot be read: {error}") from None
     if model_type not in BACKBONES:
         known = ", ".join(sorted(BACKBONES))
-        raise UserError(f"{path}: model_type {model_type!r} is not known; known: {known}")
+        raise UserError(
+            f"{path}: model_type {model_type!r} is not known; known: {known}. How to add one: "
+            f"docs/porting-a-backbone.md"
+        )
+    return backbone(model_type)
+
+
+def backbone(model_type: str) -> Backbone:
+    """The backbone of one of the known model types."""
     return importlib.import_module(BACKBONES[model_type]).BACKBONE

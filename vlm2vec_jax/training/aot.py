@@ -69,7 +69,7 @@ def abstract_trainer(config: Config, mesh: Mesh, folder: str | Path | None = Non
 
 def adapted(config: Config, backbone: Backbone, model: Model) -> Any:
     """The model's module with the configuration's fresh adapter on it, as shapes."""
-    adapter = setup.new_adapter(config)
+    adapter = setup.new_adapter(config, backbone)
 
     def build():
         module = backbone.build(model.config, rngs=nnx.Rngs(0))
@@ -112,7 +112,13 @@ def abstract_group(shape: ChunkShape, layout: VisualLayout, mesh: Mesh) -> Chunk
             for name, (unit, dtype) in layout.units.items()
         }
     batch = PackedBatch(
-        *(leaf(tokens) for _ in range(4)), leaf(sequences), leaf(sequences), visual=visual
+        tokens=leaf(tokens),
+        feature_index=leaf(tokens),
+        positions=leaf((*tokens, *layout.position_shape)),
+        segment_ids=leaf(tokens),
+        pool_index=leaf(sequences),
+        slot=leaf(sequences),
+        visual=visual,
     )
     whole = NamedSharding(mesh, PartitionSpec())
     return ChunkedGroup(batch, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole))

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from vlm2vec_jax.config import Config
-from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.config import Config, processor_options
 from vlm2vec_jax.models.loading import Model, abstract_model
 from vlm2vec_jax.packing import ChunkShape
 from vlm2vec_jax.parallel import hlo
@@ -46,14 +45,12 @@ def sample(config: Config, model: Model, mix: Mix) -> list[Size]:
     """Sizes of the inputs of an assumed batch, queries then targets.
 
     Raises:
-      UserError: if the configuration leaves the number of crops to the model folder.
+      UserError: if the configuration leaves to the model folder what sizes depend on.
     """
-    crops = config.data.num_crops
-    if not crops:
-        raise UserError("data.num_crops must be given: no processor is read here")
+    options = processor_options(config, model.backbone.options)
 
     def image_size(width: int, height: int) -> tuple[int, int]:
-        return model.backbone.image_size(model.config, crops, width, height)
+        return model.backbone.image_size(model.config, options, width, height)
 
     return mix.sizes(config.batch_size, image_size, config.data.max_len or 256)
 
@@ -191,14 +188,15 @@ def words(report: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "batch",
             f"{report['batch_size']} pairs; {how if report['grad_cache'] else 'all at once'}; "
-            f"{report['real_tokens']:.0%} of tokens and {report['real_units']:.0%} of crops real",
+            f"{report['real_tokens']:.0%} of tokens and {report['real_units']:.0%} of visual units "
+            f"real",
         ),
     ]
     lines += [
         (
             "",
             f"{g['chunks']} chunks of {g['rows']} rows of {g['tokens']} tokens, "
-            f"{g['units']} crops, {g['sequences']} sequences",
+            f"{g['units']} visual units, {g['sequences']} sequences",
         )
         for g in report["groups"]
     ]

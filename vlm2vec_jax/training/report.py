@@ -92,8 +92,8 @@ def lines(
 def _batch(config: Config, mesh: Mesh, packer: BatchPacker) -> str:
     rows = packer.rows
     shape = (
-        f"rows of {rows.text} tokens for texts, of {rows.visual} tokens and {rows.units} crops "
-        f"for images, spread over {row_shards(mesh)} devices"
+        f"rows of {rows.text} tokens for texts, of {rows.visual} tokens and {rows.units} "
+        f"visual units for images, spread over {row_shards(mesh)} devices"
     )
     how = (
         f"GradCache, chunks of {packer.chunk_tokens:,} tokens"

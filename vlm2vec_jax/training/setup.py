@@ -20,11 +20,11 @@ from vlm2vec_jax.data.mixture import Mixture
 from vlm2vec_jax.data.pipeline import Batches, BatchStats
 from vlm2vec_jax.data.pipeline import batches as read_batches
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.models.base import Processor
-from vlm2vec_jax.models.folders import local_folder
-from vlm2vec_jax.models.loading import Model, add_adapter, flatten, load_model
+from vlm2vec_jax.models.base import Backbone, Processor
+from vlm2vec_jax.models.folders import ModelSource, local_folder
+from vlm2vec_jax.models.loading import Model, add_adapter, flatten, load_model, open_processor
 from vlm2vec_jax.nn.compute import Compute
-from vlm2vec_jax.record import NAME, identity, make_record, write_json
+from vlm2vec_jax.record import NAME, identity, make_record, read_record, write_json
 from vlm2vec_jax.training.batching import BatchPacker, PackedStep, RowSizes, Size, choose_rows
 from vlm2vec_jax.training.checkpoint import Checkpoints
 from vlm2vec_jax.training.fingerprint import explain_difference
@@ -119,13 +119,16 @@ def load(config: Config, mesh: Mesh) -> tuple[Model, Processor, AdapterConfig | 
         mesh=mesh,
     )
     adapter = None if full else _adapt(config, model, mesh)
-    processor = model.backbone.processor(
+    # What the configuration leaves open is as the adapter to start from, or the model, has it.
+    top = local_folder(config.model.adapter) if config.model.adapter else None
+    source = ModelSource(
+        config.model.adapter or config.model.path,
         folder,
-        model.config,
-        num_crops=config.data.num_crops or None,
-        max_len=config.data.max_len or None,
+        top,
+        record=read_record(top or folder),
     )
-    return model, processor, adapter
+    given = config_lib.processor_options(config, model.backbone.options)
+    return model, open_processor(model, source, given), adapter
 
 
 def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
@@ -148,7 +151,7 @@ def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
             mesh=mesh,
         )
         return dataclasses.replace(trained.config, dropout=wanted.dropout)
-    adapter = new_adapter(config)
+    adapter = new_adapter(config, model.backbone)
     add_adapter(
         model.module,
         resolve(adapter, model.table),
@@ -160,14 +163,15 @@ def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
     return adapter
 
 
-def new_adapter(config: Config) -> AdapterConfig:
+def new_adapter(config: Config, backbone: Backbone) -> AdapterConfig:
     """The fresh adapter that a configuration asks for."""
     wanted = config.adapter
+    targets = config_lib.target_names(config)
     return AdapterConfig(
         rank=wanted.rank,
         alpha=wanted.alpha,
         dropout=wanted.dropout,
-        targets=config_lib.target_names(config),
+        targets=backbone.targets if targets == ("auto",) else targets,
         dora=wanted.type == "dora",
         base=config.model.path,
     )
