@@ -2,7 +2,7 @@
 # make demo       a small model learns mini-MMEB from nothing; ends with scores and a report
 # make test       all tests that need neither an accelerator nor real weights
 # make test-fast  the same without the slow ones
-# make lint       ruff (lint and format) and pyright
+# make lint       ruff (lint and format), pyright, shellcheck
 # make clean      remove the demonstration's files and caches; the environment stays
 #
 # Each sets up .venv when there is none, and again when the requirements change.
@@ -55,6 +55,7 @@ lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+	$(VENV)/bin/shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch launch/gke/*.sh
 
 clean:
 	rm -rf $(DEMO) build *.egg-info .pytest_cache .ruff_cache .hypothesis

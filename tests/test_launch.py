@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""launch/: the scripts against stub `gcloud`, `kubectl`, `sbatch`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+SCRIPTS = sorted(p for p in LAUNCH.rglob("*") if p.suffix in (".sh", ".sbatch"))
+TRAIN = ["--", "--config", "configs/mini.py", "--config.output=a folder"]
+
+
+class Stubs:
+    """Programs of our own on the PATH that note how they were called."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder, folder / "calls"
+
+    def add(self, name: str, body: str = ""):
+        """A program that notes its arguments and then runs `body` (bash, `$*` the arguments)."""
+        path = self.folder / name
+        path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {self.log}\n{body}\n')
+        path.chmod(0o755)
+        return self
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    def run(self, script: str, *args, **environment) -> subprocess.CompletedProcess:
+        path = f"{self.folder}:{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, **environment}
+        command = ["bash", str(LAUNCH / script), *map(str, args)]
+        return subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=60, cwd=self.folder
+        )
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    return Stubs(tmp_path)
+
+
+def gcloud(states: Path, train: str = "exit 0") -> str:
+    """A gcloud whose slice is in the state named by the first line left in a file."""
+    return f"""
+state() {{ head -1 {states} 2>/dev/null; }}
+case "$*" in
+  *describe*) [[ -n $(state) ]] || {{ echo "NOT_FOUND" >&2; exit 1; }}; state ;;
+  *" create "*) echo READY > {states} ;;
+  *" delete "*) rm -f {states} ;;
+  *"remote.sh follow"*) {train} ;;
+  *"remote.sh code"*) cat {states}.code ;;
+esac"""
+
+
+# All of them
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck_has_nothing_to_say(script):
+    program = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
+    done = subprocess.run(
+        [program, "-x", "-P", "SCRIPTDIR", script],
+        capture_output=True,
+        text=True,
+        cwd=LAUNCH.parent,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_are_strict_and_say_how_they_are_used(script):
+    text = script.read_text()
+    assert "set -euo pipefail" in text or script.name == "common.sh"
+    if script.name != "common.sh":
+        done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and f"launch/{script.relative_to(LAUNCH)}" in done.stdout
+        assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "said"),
+    [
+        ("local.sh", [], "nothing to train"),
+        ("local.sh", ["--processes"], "--processes needs a value"),
+        ("local.sh", ["--processes", "two", *TRAIN], "must be a whole number, not 'two'"),
+        ("local.sh", ["--proceses", "2", *TRAIN], "unknown option --proceses"),
+        ("local.sh", ["--python", "no-such-python", *TRAIN], "no-such-python is not on the PATH"),
+        ("tpu_pod.sh", ["--zone", "z", "--type", "v6e-16", *TRAIN], "--name is missing"),
+        ("tpu_pod.sh", ["--name", "n", "--type", "v6e-16", *TRAIN], "--zone is missing"),
+        ("tpu_pod.sh", ["--name", "n", "--zone", "z", *TRAIN], "--type is missing"),
+        ("tpu_pod.sh", ["--name", "n", "--zone", "z", "--type", "v6e-16"], "nothing to train"),
+        ("slurm.sbatch", [], "nothing to train"),
+        ("slurm.sbatch", ["--nodes", "x", *TRAIN], "must be a whole number"),
+        ("gke/gke.sh", ["start"], "the first word must be"),
+        ("gke/gke.sh", ["apply", "--values", "x"], "--kind must be tpu or gpu"),
+        ("gke/gke.sh", ["apply", "--kind", "tpu", "--values", "no.env"], "there is no such file"),
+        ("remote.sh", ["start", "../x"], "a run needs a name"),
+        ("remote.sh", ["fly", "x"], "unknown action fly"),
+    ],
+)
+def test_mistakes_are_said_in_words(stubs, script, args, said):
+    done = stubs.run(script, *args)
+    assert done.returncode == 2 and said in done.stderr
+    assert not stubs.calls()
+
+
+# On this machine
+
+
+def test_a_dry_run_prints_the_commands_and_starts_nothing(stubs):
+    stubs.add("python3.stub")
+    done = stubs.run(
+        "local.sh", "--processes", 2, "--devices", 4, "--python", stubs.folder / "python3.stub",
+        "--dry_run", *TRAIN, JAX_PLATFORMS="cpu",
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("+ ")]
+    assert done.returncode == 0 and len(lines) == 2 and not stubs.calls()
+    assert "--xla_force_host_platform_device_count=4" in lines[0]
+    for rank, line in enumerate(lines):
+        assert "-m vlm2vec_jax.train --config configs/mini.py '--config.output=a folder'" in line
+        assert f"--num_processes 2 --process_id {rank}" in line
+
+
+def counting(stubs, codes) -> Path:
+    """A python that exits with the next of `codes` each time it is started."""
+    left = stubs.folder / "codes"
+    left.write_text("".join(f"{code}\n" for code in codes))
+    stubs.add("fake", f"code=$(head -1 {left}); sed -i 1d {left}; exit $code")
+    return stubs.folder / "fake"
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "ends", "started"),
+    [
+        ([0], 3, 0, 1),
+        ([75, 75, 0], 3, 0, 3),
+        ([75, 75, 75], 1, 75, 2),
+        ([2], 3, 2, 1),
+        ([1], 3, 1, 1),
+    ],
+)
+def test_only_an_interruption_that_has_saved_is_restarted(stubs, codes, restarts, ends, started):
+    fake = counting(stubs, codes)
+    done = stubs.run("local.sh", "--python", fake, "--restarts", restarts, *TRAIN)
+    assert done.returncode == ends and len(stubs.calls()) == started
+
+
+def test_a_failing_process_ends_the_others(stubs):
+    stubs.add("fake", '[[ "$*" == *"--process_id 1"* ]] && exit 3; exec sleep 60')
+    begun = time.monotonic()
+    done = stubs.run(
+        "local.sh", "--processes", 2, "--python", stubs.folder / "fake", "--logs",
+        stubs.folder / "logs", *TRAIN,
+    )  # fmt: skip
+    assert done.returncode == 3 and time.monotonic() - begun < 30
+    assert "failed with code 3" in done.stderr and (stubs.folder / "logs/process-1.log").exists()
+
+
+def test_sigterm_is_handed_on(stubs):
+    stubs.add("fake", "trap 'exit 75' TERM; while :; do sleep 0.1; done")
+    environment = {**os.environ, "PATH": f"{stubs.folder}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "local.sh", "--python", stubs.folder / "fake", "--restarts", "0", *TRAIN],
+        env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for _ in range(100):
+        if stubs.calls():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75 and "giving up" in said
+
+
+# On a TPU slice
+
+
+def pod(*more):
+    return ["--name", "slice", "--zone", "z", "--type", "v5litepod-16", *more, *TRAIN]
+
+
+def verbs(calls) -> list[str]:
+    """What was asked of gcloud, without the questions about the state."""
+    asked = [c.split(" tpu-vm ")[1] for c in calls if c.startswith("gcloud")]
+    names = []
+    for text in asked:
+        verb = text.split()[0]
+        if "remote.sh" in text:
+            verb = text.split("remote.sh ")[1].split()[0]
+        if verb != "describe":
+            names.append(verb)
+    return names
+
+
+WHOLE = ["create", "scp", "ssh", "install", "start", "follow"]
+
+
+def test_a_pod_is_made_filled_and_run(stubs):
+    stubs.add("gcloud", gcloud(stubs.folder / "states"))
+    done = stubs.run("tpu_pod.sh", *pod("--spot", "--setup", "mount it", "--delete"))
+    assert done.returncode == 0, done.stderr
+    assert verbs(stubs.calls()) == [*WHOLE[:4], "ssh", *WHOLE[4:], "delete"]
+    create = next(c for c in stubs.calls() if " create " in c)
+    assert "--spot" in create and "v2-alpha-tpuv5-lite" in create
+    start = next(c for c in stubs.calls() if "remote.sh start" in c)
+    flags = "--distributed --config configs/mini.py '--config.output=a folder'"
+    assert f"start slice {flags}" in start and "--worker=all" in start
+
+
+def test_a_pod_that_is_there_is_used_again(stubs):
+    (stubs.folder / "states").write_text("READY\n")
+    stubs.add("gcloud", gcloud(stubs.folder / "states"))
+    done = stubs.run("tpu_pod.sh", *pod())
+    assert done.returncode == 0 and verbs(stubs.calls()) == WHOLE[1:]
+
+
+def test_a_preempted_pod_is_made_again_and_the_run_goes_on(stubs):
+    states = stubs.folder / "states"
+    once = (
+        f"[[ -f {states}.done ]] || {{ touch {states}.done; echo PREEMPTED > {states}; exit 1; }}"
+    )
+    stubs.add("gcloud", gcloud(states, train=once))
+    done = stubs.run("tpu_pod.sh", *pod())
+    assert done.returncode == 0, done.stderr
+    assert verbs(stubs.calls()) == [*WHOLE, "delete", *WHOLE]
+    assert "slice is PREEMPTED" in done.stderr and "restart 1" in done.stderr
+
+
+def test_a_lost_connection_follows_again_and_a_failure_is_handed_on(stubs):
+    states = stubs.folder / "states"
+    code = stubs.folder / "states.code"
+    code.write_text("running\n")
+    twice = f"[[ -f {states}.lost ]] && echo 2 > {code}; touch {states}.lost; exit 255"
+    stubs.add("gcloud", gcloud(states, train=twice))
+    done = stubs.run("tpu_pod.sh", *pod(), FOLLOW_SECONDS="0")
+    assert done.returncode == 2
+    follow_and_ask = ["follow", "code"]
+    assert verbs(stubs.calls()) == [*WHOLE[:-1], *follow_and_ask, *follow_and_ask]
+
+
+def test_gcloud_that_fails_stops_the_script(stubs):
+    stubs.add("gcloud", 'echo "permission denied for project" >&2; exit 1')
+    done = stubs.run("tpu_pod.sh", *pod())
+    assert done.returncode == 2 and "permission denied" in done.stderr
+    stubs.add("gcloud", gcloud(stubs.folder / "states") + '\n[[ "$*" != *" scp "* ]] || exit 7')
+    done = stubs.run("tpu_pod.sh", *pod())
+    assert done.returncode == 7
+    assert "install" not in verbs(stubs.calls())
+    assert not list(LAUNCH.glob(".*.tar.gz"))
+
+
+def test_deleting_what_is_not_there_is_no_mistake(stubs):
+    stubs.add("gcloud", gcloud(stubs.folder / "states"))
+    done = stubs.run("tpu_pod.sh", "down", "--name", "slice", "--zone", "z")
+    assert done.returncode == 0 and verbs(stubs.calls()) == []
+
+
+def test_pod_dry_run_touches_nothing(stubs):
+    stubs.add("gcloud", "exit 9")
+    done = stubs.run("tpu_pod.sh", *pod("--dry_run"))
+    assert done.returncode == 0 and not stubs.calls()
+    assert sum(line.startswith("+ gcloud") for line in done.stderr.splitlines()) == 6
+
+
+def test_what_a_host_does(stubs, tmp_path):
+    # A copy of launch/ beside an interpreter of our own, as on a host.
+    home = tmp_path / "host"
+    shutil.copytree(LAUNCH, home / "launch")
+    (home / ".venv/bin").mkdir(parents=True)
+    python = home / ".venv/bin/python"
+    python.write_text('#!/usr/bin/env bash\necho "args $*"\nsleep 0.5\nexit 75\n')
+    python.chmod(0o755)
+
+    def remote(*args):
+        return subprocess.run(
+            ["bash", home / "launch/remote.sh", *args], capture_output=True, text=True, timeout=60
+        )
+
+    assert remote("start", "r", "--config", "x y").returncode == 0
+    assert "running already" in remote("start", "r", "--config", "x y").stderr
+    assert remote("code", "r").stdout.strip() == "running"
+    followed = remote("follow", "r")
+    assert followed.returncode == 75
+    assert "args -m vlm2vec_jax.train --config x y" in followed.stdout
+    assert remote("code", "r").stdout.strip() == "75"
+    assert remote("stop", "r").returncode == 0
+    assert "no run q was started" in remote("follow", "q").stderr
+
+
+# On GKE
+
+
+def values(folder: Path, **changed) -> Path:
+    lines = (LAUNCH / "gke/values.env").read_text().splitlines()
+    named = {"IMAGE": "registry/image:1", **changed}
+    lines = [line for line in lines if line.partition("=")[0] not in named]
+    path = folder / "values.env"
+    path.write_text("\n".join([*lines, *(f"{k}={v}" for k, v in named.items())]))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+def test_manifests_are_whole(stubs, kind):
+    flags = "--config configs/mmeb.py --config.output='/shared/a & b/$x'"
+    path = values(stubs.folder, TRAIN_FLAGS=flags, MAX_RESTARTS="5")
+    done = stubs.run("gke/gke.sh", "render", "--kind", kind, "--values", path)
+    assert done.returncode == 0, done.stderr
+    manifest = yaml.safe_load(done.stdout)
+    assert manifest["kind"] == "JobSet" and manifest["spec"]["failurePolicy"]["maxRestarts"] == 5
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    hosts = {"tpu": 16, "gpu": 2}[kind]
+    assert job["parallelism"] == job["completions"] == hosts
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
+    pod_spec = job["template"]["spec"]
+    (container,) = pod_spec["containers"]
+    assert container["image"] == "registry/image:1"
+    assert container["args"][0].startswith("exec python -m vlm2vec_jax.train --")
+    assert container["args"][0].endswith(flags)
+    limits = container["resources"]["limits"]
+    assert limits == {"tpu": {"google.com/tpu": 4}, "gpu": {"nvidia.com/gpu": 8}}[kind]
+    mounted = {m["name"] for m in container["volumeMounts"]}
+    assert mounted == {v["name"] for v in pod_spec["volumes"]}
+
+
+def test_missing_values_are_listed_together(stubs):
+    path = values(stubs.folder, IMAGE="", NAME="")
+    done = stubs.run("gke/gke.sh", "apply", "--kind", "gpu", "--values", path)
+    assert done.returncode == 2 and "does not say: IMAGE NAME" in done.stderr
+
+
+def test_applying_twice_creates_once(stubs):
+    there = stubs.folder / "there"
+    stubs.add(
+        "kubectl",
+        f"case \"$*\" in *' get '*) test -f {there} ;; *' apply '*) cat > {there} ;; esac",
+    )
+    args = ("apply", "--kind", "tpu", "--values", values(stubs.folder))
+    assert stubs.run("gke/gke.sh", *args).returncode == 0
+    assert yaml.safe_load(there.read_text())["kind"] == "JobSet"
+    again = stubs.run("gke/gke.sh", *args)
+    assert again.returncode == 0 and "is there already" in again.stderr
+    assert sum(" apply " in call for call in stubs.calls()) == 1
+    dry = stubs.run("gke/gke.sh", *args, "--dry_run")
+    assert "+ kubectl --namespace default apply -f -" in dry.stderr and "JobSet" in dry.stdout
+
+
+def test_kubectl_that_fails_is_handed_on(stubs):
+    stubs.add("kubectl", 'echo "no cluster" >&2; exit 4')
+    path = values(stubs.folder)
+    done = stubs.run("gke/gke.sh", "apply", "--kind", "tpu", "--values", path)
+    assert done.returncode == 4 and "no cluster" in done.stderr
+
+
+# On SLURM
+
+
+def test_a_job_is_submitted_once(stubs):
+    queue = stubs.folder / "queue"
+    stubs.add("sbatch", f"echo 12 > {queue}").add("squeue", f"cat {queue} 2>/dev/null || true")
+    args = ("--nodes", 4, "--partition", "gpu", "--time", "01:00:00", *TRAIN)
+    assert stubs.run("slurm.sbatch", *args).returncode == 0
+    (call,) = [c for c in stubs.calls() if c.startswith("sbatch")]
+    for word in (
+        "--nodes=4",
+        "--partition=gpu",
+        "--time=01:00:00",
+        "--gpus-per-node=8",
+        "slurm.sbatch",
+    ):
+        assert word in call
+    assert call.endswith("--config configs/mini.py --config.output=a folder")
+    again = stubs.run("slurm.sbatch", *args)
+    assert again.returncode == 0 and "is job 12 already" in again.stderr
+    assert sum(c.startswith("sbatch") for c in stubs.calls()) == 1
+
+
+def test_sbatch_that_fails_and_a_dry_run(stubs):
+    stubs.add("squeue").add("sbatch", 'echo "invalid partition" >&2; exit 1')
+    done = stubs.run("slurm.sbatch", *TRAIN)
+    assert done.returncode == 1 and "invalid partition" in done.stderr
+    before = len(stubs.calls())
+    dry = stubs.run("slurm.sbatch", "--dry_run", *TRAIN)
+    assert dry.returncode == 0 and "+ sbatch --job-name=vlm2vec" in dry.stderr
+    assert len(stubs.calls()) == before
+
+
+@pytest.mark.parametrize(
+    ("code", "requeued", "ends"), [(75, True, 0), (0, False, 0), (2, False, 2)]
+)
+def test_inside_the_job(stubs, code, requeued, ends):
+    stubs.add("srun", f"exit {code}").add("scontrol")
+    done = stubs.run(
+        "slurm.sbatch", *TRAIN, SLURM_JOB_ID="12", VLM2VEC_REPOSITORY=str(LAUNCH.parent)
+    )
+    assert done.returncode == ends
+    (srun,) = [c for c in stubs.calls() if c.startswith("srun")]
+    assert "-m vlm2vec_jax.train --distributed --config configs/mini.py" in srun
+    assert ("scontrol requeue 12" in stubs.calls()) == requeued
