@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_files import eval_row, make_train, train_rows, write_image, write_parquet
+from data_files import eval_row, make_train, train_rows, write_parquet
 
-from vlm2vec_jax.data.folders import unsafe_path
 from vlm2vec_jax.data.mmeb import (
     EvalSource,
     TrainSource,
@@ -20,6 +19,7 @@ from vlm2vec_jax.data.mmeb import (
     open_train,
     to_input,
 )
+from vlm2vec_jax.data.paths import unsafe_path
 from vlm2vec_jax.errors import UserError
 
 GOLDEN = Path(__file__).parent / "goldens" / "end_to_end" / "train"
@@ -239,10 +239,3 @@ def test_bad_candidate_lists_are_named(tmp_path, change, message):
     for read in (lambda: source[1], source.unique_keys):
         with pytest.raises(UserError, match=message):
             read()
-
-
-def test_the_layout_with_instruction_columns_is_refused_in_words(tmp_path):
-    write_image(tmp_path / "images/0.png")
-    write_parquet(tmp_path / "A", "test", [eval_row(0, 2, qry_inst="Find", tgt_inst="")])
-    with pytest.raises(UserError, match="instruction in columns of its own"):
-        open_eval(tmp_path)

@@ -79,10 +79,13 @@ class DataConfig(_Group):
     """What is learned from.
 
     Attributes:
-      path: folder in MMEB-train's layout, `<path>/<Subset>/<split>-*.parquet`.
+      path: folder in MMEB-train's layout, `<path>/<Subset>/<split>-*.parquet`, or own pairs: a
+        jsonl, csv or parquet file, or a folder of such files (docs/your-own-data.md).
       subsets: which ones, a comma list ("A,B"); empty for every folder found.
-      split: "original" or "diverse_instruction".
-      image_root: what image paths are relative to; empty for `path`.
+      split: "original", "diverse_instruction", or "train" in older releases of MMEB-train.
+      image_root: what image paths are relative to; empty for `path`, or the folder in it where
+        the images are.
+      follow_symlinks: open images to which a symbolic link leads out of the image root.
       max_examples_per_subset: the first so many rows of each subset; 0 for all.
       sub_batch: rows of one subset that stand together in a batch, so that a query meets negatives
         of its own kind; 0 mixes row by row as the reference does.
@@ -105,6 +108,7 @@ class DataConfig(_Group):
     subsets: str = ""
     split: str = "original"
     image_root: str = ""
+    follow_symlinks: bool = False
     max_examples_per_subset: int = 0
     sub_batch: int = 0
     num_crops: int = 4
@@ -256,6 +260,7 @@ NOT_DECIDING = (
     "attention",
     "remat",
     "data.image_root",
+    "data.follow_symlinks",
     "data.workers",
 )
 """Fields (or whole groups) that decide where and how fast, not what is learned."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parquet to memory-mapped Arrow IPC: converted once, shared by processes, safe in threads.
+"""Tables as memory-mapped Arrow IPC: converted once, shared by processes, safe in threads.
 
 A shared `pyarrow.parquet.ParquetFile` read from several threads crashes the process, and every
 process would decode its own copy. An uncompressed Arrow file that is memory-mapped has neither
 fault: reading a row copies that row, and the page cache is common to all processes of a host.
+What is converted is up to a `Reader`: parquet columns as they are (`ParquetColumns`), or whatever
+else can be brought to the same columns (`instructions.py`, `pairs.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -150,6 +153,56 @@ class ArrowTable:
                 yield part, batch.take(pa.array(part - start))
 
 
+class Reader(Protocol):
+    """What turns files of one kind into the columns that are stored."""
+
+    @property
+    def key(self) -> str:
+        """All that the stored columns depend on besides the files."""
+        ...
+
+    def schema(self, files: Sequence[Path]) -> dict[str, pa.DataType]:
+        """Name and type (`STRING` or `STRINGS`) of every stored column."""
+        ...
+
+    def count(self, file: Path) -> int:
+        """Rows of a file."""
+        ...
+
+    def batches(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """The rows of a file in order, at most `BATCH_ROWS` at a time."""
+        ...
+
+
+class ParquetColumns:
+    """Reads columns of text from parquet files as they are."""
+
+    def __init__(self, columns: Sequence[str]):
+        """Keep these columns; those that the files lack are left out."""
+        self.columns = tuple(columns)
+
+    @property
+    def key(self) -> str:
+        """The columns."""
+        return json.dumps(sorted(self.columns))
+
+    def schema(self, files: Sequence[Path]) -> dict[str, pa.DataType]:
+        """Their types; a column that is null everywhere is text that is absent everywhere."""
+        return _stored_types(files, self.columns)
+
+    def count(self, file: Path) -> int:
+        """Rows by the file's footer."""
+        return _num_rows(file)
+
+    def batches(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """The rows, absent columns as nulls.
+
+        Raises:
+          UserError: for damage anywhere in the file.
+        """
+        return _read_batches(file, schema)
+
+
 def open_parquet_set(
     files: Sequence[Path],
     columns: Sequence[str],
@@ -158,32 +211,44 @@ def open_parquet_set(
     data: Path,
     cache_dir: str | os.PathLike | None = None,
 ) -> ArrowTable:
-    """Open a parquet set as one memory-mapped table, converting it first if need be.
+    """`open_set` of parquet columns as they are; those that the set lacks are left out."""
+    return open_set(files, ParquetColumns(columns), name, data=data, cache_dir=cache_dir)
 
-    The converted file is keyed by the names, sizes and modification times of the parquet files
-    and by the columns kept, so a changed set is converted anew and its old file removed. It
-    appears under its final name only when complete, so processes may convert at the same time.
+
+def open_set(
+    files: Sequence[Path],
+    reader: Reader,
+    name: str,
+    *,
+    data: Path,
+    cache_dir: str | os.PathLike | None = None,
+) -> ArrowTable:
+    """Open a set of files as one memory-mapped table, converting it first if need be.
+
+    The converted file is keyed by the names, sizes and modification times of the files and by
+    the reader, so a changed set is converted anew and its old file removed. It appears under its
+    final name only when complete, so processes may convert at the same time.
 
     Args:
       files: the shards in order.
-      columns: the columns to keep; those that the set lacks are left out.
+      reader: what makes columns of them.
       name: what the set is called in the cache, e.g. "CIRR/original".
       data: the data folder; the cache is `<data>/.arrow_cache` if that can be written, otherwise
         a folder in the user's cache.
       cache_dir: where to keep converted files instead.
 
     Raises:
-      UserError: a file that cannot be read as parquet, columns that are not text, a cache folder
-        that cannot be written, a full disk.
+      UserError: a file that cannot be read, columns that are not text, a cache folder that cannot
+        be written, a full disk.
     """
-    key = _cache_key(files, columns)
+    key = _cache_key(files, reader)
     target = _cache_folder(data, cache_dir) / f"{name}-{key}.arrow"
     if target.exists():
         # A file that a crash of the machine left damaged is simply made again.
         with contextlib.suppress(pa.ArrowException, OSError, ValueError):
             return ArrowTable(target)
     try:
-        _convert(files, columns, target)
+        _convert(files, reader, target)
         _remove_stale(target)
         return ArrowTable(target)
     except OSError as error:
@@ -194,8 +259,8 @@ def open_parquet_set(
         ) from None
 
 
-def _cache_key(files: Sequence[Path], columns: Sequence[str]) -> str:
-    facts: list = [FORMAT_VERSION, BATCH_ROWS, sorted(columns)]
+def _cache_key(files: Sequence[Path], reader: Reader) -> str:
+    facts: list = [FORMAT_VERSION, BATCH_ROWS, type(reader).__name__, reader.key]
     for file in files:
         stat = file.stat()
         facts.append((file.name, stat.st_size, stat.st_mtime_ns))
@@ -230,16 +295,16 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def _convert(files: Sequence[Path], columns: Sequence[str], target: Path) -> None:
-    types = _stored_types(files, columns)
-    rows = [(str(file), _num_rows(file)) for file in files]
+def _convert(files: Sequence[Path], reader: Reader, target: Path) -> None:
+    types = reader.schema(files)
+    rows = [(str(file), reader.count(file)) for file in files]
     schema = pa.schema(list(types.items()), metadata={"shards": json.dumps(rows)})
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for file in files:
-                for batch in _read_batches(file, schema):
+                for batch in reader.batches(file, schema):
                     writer.write_batch(batch)
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared cache from other users
         os.replace(temporary, target)

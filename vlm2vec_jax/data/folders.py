@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMEB's folders: which subsets, splits and parquet files there are, and what is wrong with them.
+"""Data folders: which subsets, splits and files there are, and what is wrong with them.
 
-`<data>/<Subset>/<split>-00000-of-0000N.parquet` (what `datasets` pushes to the hub) or one
-`<data>/<Subset>/<split>.parquet`. Only names and parquet footers are read here.
+MMEB: `<data>/<Subset>/<split>-00000-of-0000N.parquet` (what `datasets` pushes to the hub) or one
+`<data>/<Subset>/<split>.parquet`. Own pairs (`pairs.py`): a file, or a folder of files, each a
+subset of its name. Only names and parquet footers are read here.
 """
 
 from __future__ import annotations
@@ -21,19 +22,10 @@ NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 INSTRUCTION_COLUMNS = ("qry_inst", "tgt_inst")
 
+PAIR_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+"""Files of own pairs."""
+
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.parquet")
-
-
-def unsafe_path(path: str) -> str | None:
-    """Why an image path of the data may not be opened: it must stay below the image root."""
-    if "\0" in path:
-        return "image path with a NUL character"
-    if os.path.isabs(path) or re.match(r"[A-Za-z]:[\\/]|\\\\", path):
-        return "absolute image path; paths are relative to the image root"
-    normal = os.path.normpath(path)
-    if normal == ".." or normal.startswith("../"):
-        return "image path leaves the image root"
-    return None
 
 
 def list_subsets(data: str | os.PathLike, split: str) -> list[str]:
@@ -43,10 +35,43 @@ def list_subsets(data: str | os.PathLike, split: str) -> list[str]:
       UserError: if `data` is not a folder.
     """
     root = Path(data)
+    own = pair_files(root)
+    if own:
+        return list(own)
     if not root.is_dir():
         raise UserError(f"{root}: no such data folder")
-    folders = (p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith("."))
-    return [folder.name for folder in folders if split in list_splits(folder)]
+    return [folder.name for folder in _folders(root) if split in list_splits(folder)]
+
+
+def _folders(root: Path) -> list[Path]:
+    return [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+
+def pair_files(data: str | os.PathLike) -> dict[str, Path]:
+    """Files of own pairs by subset (their stem): `data` itself, or the files of that folder.
+
+    A folder with subsets in MMEB's layout has none; whatever else lies in it is left alone.
+
+    Raises:
+      UserError: for a file of an unknown kind, or two files of one stem.
+    """
+    root = Path(data)
+    if root.is_file():
+        if root.suffix.lower() not in PAIR_SUFFIXES:
+            raise UserError(f"{root}: a data file is one of {', '.join(PAIR_SUFFIXES)}")
+        return {root.stem: root}
+    if not root.is_dir() or any(list_splits(folder) for folder in _folders(root)):
+        return {}
+    files: dict[str, Path] = {}
+    for file in sorted(root.iterdir()):
+        if file.is_file() and file.suffix.lower() in PAIR_SUFFIXES and file.name[0] != ".":
+            if file.stem in files:
+                raise UserError(
+                    f"{root}: {files[file.stem].name} and {file.name} would be one subset; "
+                    f"rename one of them"
+                )
+            files[file.stem] = file
+    return files
 
 
 def list_splits(folder: str | os.PathLike) -> dict[str, list[Path]]:
@@ -76,8 +101,16 @@ def _shards_of(folder: Path, split: str, files: list[Path]) -> list[Path]:
 
 
 def check_subset(data: Path, subset: str, split: str, columns: Sequence[str]) -> list[Path]:
-    """The shards of a subset after checking that they are all there with all columns."""
+    """The shards of a subset after checking that they are all there with all columns.
+
+    The columns of own pairs are looked at by whoever reads them.
+    """
     folder = data / subset
+    own = {} if folder.is_dir() else pair_files(data)
+    if subset in own:
+        return [own[subset]]
+    if own:
+        raise UserError(f"unknown subset {subset!r}; {data} has: {', '.join(own)}")
     if not data.is_dir():
         raise UserError(f"{data}: no such data folder")
     if Path(subset).name != subset or not folder.is_dir():
@@ -99,19 +132,8 @@ def check_subset(data: Path, subset: str, split: str, columns: Sequence[str]) ->
     for file in files:
         names = read_schema(file).names
         missing = [name for name in columns if name not in names]
-        if missing and set(INSTRUCTION_COLUMNS) & set(names):
-            problems.append(
-                f"{file}: this layout has the instruction in columns of its own "
-                f"({', '.join(INSTRUCTION_COLUMNS)}), which is not supported; "
-                f"use the data set with the instruction inside {', '.join(columns)}"
-            )
-        elif missing:
+        if missing:
             problems.append(f"{file}: no column {', '.join(missing)} (it has {', '.join(names)})")
-        elif set(INSTRUCTION_COLUMNS) & set(names):
-            problems.append(
-                f"{file}: this layout has the instruction in columns of its own "
-                f"({', '.join(n for n in INSTRUCTION_COLUMNS if n in names)}), not supported"
-            )
     if len(problems) == 1:
         raise UserError(problems[0])
     raise_problems(f"{folder}: columns", problems)
@@ -124,7 +146,10 @@ def checked_subsets(
     """Resolve the subsets asked for and report everything wrong with any of them together."""
     names = list(subsets) or list_subsets(data, split)
     if not names:
-        raise UserError(f"{data}: no subset with split {split!r} (<Subset>/{split}-*.parquet)")
+        raise UserError(
+            f"{data}: no subset with split {split!r} (<Subset>/{split}-*.parquet), and no file of "
+            f"pairs ({', '.join('*' + suffix for suffix in PAIR_SUFFIXES)})"
+        )
     problems = [f"subset {n!r} is listed twice" for n in sorted(set(names)) if names.count(n) > 1]
     for name in names:
         try:

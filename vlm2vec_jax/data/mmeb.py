@@ -4,7 +4,8 @@
 """MMEB's rows: random access to training and evaluation examples of a data folder.
 
 Texts are kept verbatim, trailing newlines and spaces included; an empty string or a null means
-"absent". Rows are counted from 0 everywhere. `folders.py` says how a data folder is laid out.
+"absent". Rows are counted from 0 everywhere. `folders.py` says how a data folder is laid out;
+other layouts (`instructions.py`, `pairs.py`) arrive here with MMEB's columns.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm2vec_jax.data.arrow import ArrowTable, open_parquet_set
+from vlm2vec_jax.data.arrow import Reader, read_schema
 from vlm2vec_jax.data.folders import (
     EVAL_COLUMNS,
+    INSTRUCTION_COLUMNS,
     NEGATIVE_COLUMNS,
     TRAIN_COLUMNS,
-    check_subset,
     checked_subsets,
     list_subsets,
-    unsafe_path,
 )
+from vlm2vec_jax.data.instructions import InstructionColumns
+from vlm2vec_jax.data.source import Key, Source, as_text, as_texts, to_input
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.inputs import MultimodalInput
 
@@ -45,9 +47,6 @@ __all__ = [
     "to_input",
 ]
 
-Key = tuple[str, str]
-"""(text, image path as the data writes it): what an input is, for de-duplication."""
-
 
 class TrainRow(NamedTuple):
     """A training example as the user wrote it; image paths are joined to the image root.
@@ -59,6 +58,7 @@ class TrainRow(NamedTuple):
       subset: name of the subset.
       index: row in the subset's file, whatever rows of it are in use.
       positive_key: the positive as (text, image path in the data).
+      negative_keys: the same of each negative.
     """
 
     query: MultimodalInput
@@ -67,6 +67,7 @@ class TrainRow(NamedTuple):
     subset: str
     index: int
     positive_key: Key
+    negative_keys: tuple[Key, ...] = ()
 
 
 class EvalRow(NamedTuple):
@@ -96,90 +97,17 @@ class EvalIndex(NamedTuple):
     offsets: np.ndarray
 
 
-def to_input(key: Key, image_root: str | os.PathLike) -> MultimodalInput:
-    """The input that a key stands for.
-
-    Raises:
-      UserError: if its image path leaves the image root.
-    """
-    text, path = key
-    if not path:
-        return MultimodalInput(text=text)
-    reason = unsafe_path(path)
-    if reason:
-        raise UserError(f"{path!r}: {reason}")
-    return MultimodalInput(text=text, images=(Path(image_root) / path,))
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _texts(value: object) -> list[str]:
-    if isinstance(value, list):
-        return [_text(v) for v in value]
-    return [_text(value)] if value else []
-
-
-class _Source:
-    """What both readers share: an Arrow table, and which of its rows are in use."""
-
-    def __init__(
-        self,
-        data: str | os.PathLike,
-        subset: str,
-        split: str,
-        image_root: str | os.PathLike | None,
-        limit: int | None,
-        required: Sequence[str],
-        optional: Sequence[str],
-        cache_dir: str | os.PathLike | None,
-    ):
-        if limit is not None and limit < 0:
-            raise UserError(f"the cap on examples per subset must not be negative, not {limit}")
-        self.data, self.subset, self.split = Path(data), subset, split
-        self.image_root = Path(image_root or data)
-        self.limit = limit or None
-        files = check_subset(self.data, subset, split, required)
-        columns = (*required, *optional)
-        self.table: ArrowTable = open_parquet_set(
-            files, columns, f"{subset}/{split}", data=self.data, cache_dir=cache_dir
-        )
-        count = len(self.table) if self.limit is None else min(self.limit, len(self.table))
-        self.rows: np.ndarray = np.arange(count, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.subset!r}, {self.split!r}, {len(self)} rows)"
-
-    def where(self, row: int) -> tuple[str, int]:
-        """The parquet file of a row of the subset, and its row in that file."""
-        return self.table.locate(int(row))
-
-    def at(self, row: int) -> str:
-        """The same in words, for messages."""
-        file, line = self.where(row)
-        return f"{file} row {line}"
-
-    def _check_types(self, strings: Sequence[str], lists: Sequence[str]) -> None:
-        problems = []
-        for names, want, expected in ((strings, pa.string(), "text"), (lists, None, "lists")):
-            for name in names:
-                kind = self.table.schema.field(name).type
-                if want is not None and kind != want or want is None and not pa.types.is_list(kind):
-                    problems.append(f"column {name} holds {kind}, not {expected}")
-        raise_problems(f"{self.data / self.subset}: split {self.split!r}", problems)
-
-
-class TrainSource(_Source):
+class TrainSource(Source):
     """One subset of MMEB-train: `len`, `[i]` and `take`, safe in threads.
 
     Attributes:
       rows: int64, increasing; the rows of the file in use (`[i]` reads row `rows[i]`).
       table: the memory-mapped columns.
     """
+
+    columns = TRAIN_COLUMNS
+    optional = NEGATIVE_COLUMNS
+    pairs = "train"
 
     def __init__(
         self,
@@ -190,23 +118,25 @@ class TrainSource(_Source):
         limit: int | None = None,
         *,
         cache_dir: str | os.PathLike | None = None,
+        follow_symlinks: bool = False,
     ):
-        """Open a subset, converting its parquet files to Arrow the first time.
+        """Open a subset, converting its files to Arrow the first time.
 
         Args:
-          data: folder with one folder per subset.
-          subset: name of the folder.
-          split: `original`, `diverse_instruction`, or any other that is there.
-          image_root: what image paths are relative to; `data` if empty or None.
+          data: folder with one folder per subset, or own pairs: a file or a folder of files.
+          subset: name of the folder, or of the file without its ending.
+          split: `original`, `diverse_instruction`, `train`, or any other that is there; own pairs
+            have none and ignore it.
+          image_root: what image paths are relative to; if empty or None the data folder, or the
+            folder in it that holds the first rows' images (`paths.find_image_root`).
           limit: use the first `limit` rows (VLM2Vec's cap per subset); None or 0 for all.
-          cache_dir: where to keep the converted file (`arrow.open_parquet_set`).
+          cache_dir: where to keep the converted file (`arrow.open_set`).
+          follow_symlinks: open images to which a symbolic link leads out of the image root.
 
         Raises:
           UserError: anything missing, damaged or of an unexpected type, by name.
         """
-        super().__init__(
-            data, subset, split, image_root, limit, TRAIN_COLUMNS, NEGATIVE_COLUMNS, cache_dir
-        )
+        super().__init__(data, subset, split, image_root, limit, cache_dir, follow_symlinks)
         self._check_types(TRAIN_COLUMNS, ())
 
     def select(self, rows: np.ndarray) -> TrainSource:
@@ -230,9 +160,9 @@ class TrainSource(_Source):
         return [self._build(int(r), v) for r, v in zip(rows, values, strict=True)]
 
     def _build(self, row: int, values: dict) -> TrainRow:
-        query = (_text(values["qry"]), _text(values["qry_image_path"]))
-        positive = (_text(values["pos_text"]), _text(values["pos_image_path"]))
-        texts, paths = (_texts(values.get(name)) for name in NEGATIVE_COLUMNS)
+        query = (as_text(values["qry"]), as_text(values["qry_image_path"]))
+        positive = (as_text(values["pos_text"]), as_text(values["pos_image_path"]))
+        texts, paths = (as_texts(values.get(name)) for name in NEGATIVE_COLUMNS)
         count = max(len(texts), len(paths))
         texts, paths = texts or [""] * count, paths or [""] * count
         if len(texts) != len(paths):
@@ -242,19 +172,27 @@ class TrainSource(_Source):
         keys = [key for key in zip(texts, paths, strict=True) if any(key)]
         try:
             return TrainRow(
-                query=to_input(query, self.image_root),
-                positive=to_input(positive, self.image_root),
-                negatives=tuple(to_input(key, self.image_root) for key in keys),
+                query=self.input(query),
+                positive=self.input(positive),
+                negatives=tuple(self.input(key) for key in keys),
                 subset=self.subset,
                 index=row,
                 positive_key=positive,
+                negative_keys=tuple(keys),
             )
         except UserError as error:
             raise UserError(f"{self.at(row)}: {error}") from None
 
 
-class EvalSource(_Source):
-    """One subset of MMEB-eval: queries and their candidate lists as keys."""
+class EvalSource(Source):
+    """One subset of MMEB-eval: queries and their candidate lists as keys.
+
+    Both layouts read alike: where the instruction has columns of its own it is joined to the
+    texts (`instructions.py`).
+    """
+
+    columns = EVAL_COLUMNS
+    pairs = "eval"
 
     def __init__(
         self,
@@ -265,15 +203,22 @@ class EvalSource(_Source):
         *,
         split: str = "test",
         cache_dir: str | os.PathLike | None = None,
+        follow_symlinks: bool = False,
     ):
         """Open a subset; see `TrainSource` for the arguments and errors."""
-        super().__init__(data, subset, split, image_root, limit, EVAL_COLUMNS, (), cache_dir)
+        super().__init__(data, subset, split, image_root, limit, cache_dir, follow_symlinks)
         self._check_types(EVAL_COLUMNS[:2], EVAL_COLUMNS[2:])
+
+    def _reader(self, files: Sequence[Path]) -> Reader:
+        own = (self.data / self.subset).is_dir()
+        if own and any(set(INSTRUCTION_COLUMNS) & set(read_schema(f).names) for f in files):
+            return InstructionColumns(self.subset)
+        return super()._reader(files)
 
     def __getitem__(self, i: int) -> EvalRow:
         row = int(self.rows[i])
         values = self.table.row(row)
-        texts, paths = _texts(values["tgt_text"]), _texts(values["tgt_img_path"])
+        texts, paths = as_texts(values["tgt_text"]), as_texts(values["tgt_img_path"])
         if len(texts) != len(paths):
             raise UserError(
                 f"{self.at(row)}: {len(texts)} candidate texts (tgt_text) but {len(paths)} "
@@ -281,7 +226,7 @@ class EvalSource(_Source):
             )
         if not texts:
             raise UserError(f"{self.at(row)}: empty candidate list (tgt_text)")
-        query = (_text(values["qry_text"]), _text(values["qry_img_path"]))
+        query = (as_text(values["qry_text"]), as_text(values["qry_img_path"]))
         return EvalRow(self.subset, row, query, tuple(zip(texts, paths, strict=True)))
 
     def unique_keys(self) -> EvalIndex:
@@ -355,6 +300,7 @@ def open_train(
     image_root: str | os.PathLike | None = None,
     limit: int | None = None,
     cache_dir: str | os.PathLike | None = None,
+    follow_symlinks: bool = False,
 ) -> list[TrainSource]:
     """Open several subsets of MMEB-train (all that have the split if none are named).
 
@@ -365,7 +311,15 @@ def open_train(
     opened = _Opened([], [])
     for name in names:
         opened.add(
-            lambda name=name: TrainSource(data, name, split, image_root, limit, cache_dir=cache_dir)
+            lambda name=name: TrainSource(
+                data,
+                name,
+                split,
+                image_root,
+                limit,
+                cache_dir=cache_dir,
+                follow_symlinks=follow_symlinks,
+            )  # fmt: skip
         )
     raise_problems(f"Cannot read split {split!r} of {data}", opened.problems)
     return opened.sources
@@ -379,6 +333,7 @@ def open_eval(
     image_root: str | os.PathLike | None = None,
     limit: int | None = None,
     cache_dir: str | os.PathLike | None = None,
+    follow_symlinks: bool = False,
 ) -> list[EvalSource]:
     """Open several subsets of MMEB-eval (all that have the split if none are named).
 
@@ -390,8 +345,14 @@ def open_eval(
     for name in names:
         opened.add(
             lambda name=name: EvalSource(
-                data, name, image_root, limit, split=split, cache_dir=cache_dir
-            )
+                data,
+                name,
+                image_root,
+                limit,
+                split=split,
+                cache_dir=cache_dir,
+                follow_symlinks=follow_symlinks,
+            )  # fmt: skip
         )
     raise_problems(f"Cannot read split {split!r} of {data}", opened.problems)
     return opened.sources

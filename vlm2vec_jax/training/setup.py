@@ -90,6 +90,7 @@ def open_data(config: Config) -> Data:
         config.data.split,
         image_root=config.data.image_root,
         limit=config.data.max_examples_per_subset,
+        follow_symlinks=config.data.follow_symlinks,
     )
     remarks = []
     if config.data.on_bad_example == "skip":
