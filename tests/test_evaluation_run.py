@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation: results on disk, resuming, stale files, inputs embedded once."""
 
+import itertools
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ from evaluation_data import FakeEncoder, captions, labels, row, write_image, wri
 
 from vlm2vec_jax.data.mmeb import open_eval
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.evaluation import run, scoring, store
+from vlm2vec_jax.evaluation import embedding, metrics, run, scoring, store
 from vlm2vec_jax.evaluation.embedding import plan_subset
+from vlm2vec_jax.evaluation.hosts import share
+from vlm2vec_jax.evaluation.rows import Settings
 
 
 @pytest.fixture
@@ -228,7 +231,7 @@ def test_similarity_is_part_of_a_score_not_of_an_embedding(data, tmp_path):
     output = tmp_path / "out"
     evaluate(FakeEncoder(), data, output)
     encoder = FakeEncoder()
-    found, _ = evaluate(encoder, data, output, similarity="dot")
+    found, _ = evaluate(encoder, data, output, settings=Settings("dot"))
     assert encoder.seen == [] and found["similarity"] == "dot"
 
 
@@ -288,10 +291,122 @@ def test_distinct_inputs_are_the_reference_s(goldens, tmp_path):
     golden = json.loads((goldens / "evaluation" / "dedupe.json").read_text())
     write_subset(tmp_path, "Pairs", golden["rows"])
     (source,) = open_eval(tmp_path, [])
-    plan = plan_subset(source, {}, {}, "cosine")
+    plan = plan_subset(source, {}, {})
     unique = golden["unique_pairs_sorted"]
     assert sorted(plan.keys) == sorted({tuple(k) for k in unique["qry"] + unique["tgt"]})
     assert sorted({plan.keys[n] for n in plan.query_index}) == [tuple(k) for k in unique["qry"]]
     targets = {plan.keys[n] for row in plan.candidates for n in row}
     assert sorted(targets) == [tuple(k) for k in unique["tgt"]]
     assert [len(row) for row in plan.candidates] == [3, 2, 2]
+
+
+# ------------------------------------------------------------------- metrics, corpus, smaller ones
+
+
+def test_a_score_holds_all_metrics_and_names_the_benchmark(data, tmp_path):
+    found, _ = evaluate(FakeEncoder(), data, tmp_path / "out")
+    for name in ("ImageNet-1K", "MSCOCO_t2i"):
+        score = json.loads((tmp_path / "out" / f"{name}_score.json").read_text())
+        assert score["benchmark"] == "MMEB-v1-36" and score["published_shape"] is False
+        lines = (tmp_path / "out" / f"{name}_pred.jsonl").read_text().splitlines()
+        ranks = [json.loads(line)["rank"] for line in lines]
+        assert score["metrics"] == metrics.mean(np.array(ranks))
+        assert score["metrics"]["hit@1"] == score["acc"]
+        assert found["subsets"][name]["metrics"] == score["metrics"]
+    means = found["metric_averages"]
+    assert means["hit@1"] == found["averages"] and len(means) == 24
+    table = (tmp_path / "out" / "scores.md").read_text()
+    assert "| ndcg_exponential |" in table and "MMEB-v1-36" in table
+
+
+def test_a_global_corpus_in_place_of_lists(data, tmp_path):
+    output = tmp_path / "out"
+    own, _ = evaluate(FakeEncoder(), data, output)
+    encoder = FakeEncoder()
+    found, _ = evaluate(encoder, data, output, settings=Settings(candidates="corpus"))
+    assert encoder.seen == [] and found["candidates"] == "corpus"
+    # Every list of ImageNet-1K is the whole corpus; lists of captions are shorter.
+    assert found["subsets"]["ImageNet-1K"]["acc"] == own["subsets"]["ImageNet-1K"]["acc"]
+    for source in open_eval(data, []):
+        pool = {key for row in source for key in row.target_keys}
+        lines = (output / f"{source.subset}_pred.jsonl").read_text().splitlines()
+        for n, line in enumerate(map(json.loads, lines)):
+            row = source[n]
+
+            def unit(key, root=source.image_root, encoder=encoder):
+                vector = encoder.vector(key[0], [root / key[1]] if key[1] else [])
+                return vector / np.linalg.norm(vector)
+
+            query, truth = unit(row.query_key), row.target_keys[0]
+            scores = {key: float(query @ unit(key)) for key in pool}
+            assert line["candidates"] == len(pool)
+            assert line["rank"] == 1 + sum(s > scores[truth] for s in scores.values())
+            best = max(scores, key=lambda key: scores[key])
+            assert (line["predicted"]["text"], line["predicted"]["image"]) == best
+            assert line["correct"] == (best == truth)
+    again, said = evaluate(FakeEncoder(), data, output)
+    assert again == own and any("candidates" in s for s in said)
+
+
+def test_smaller_vectors_stand_beside_the_full_ones(data, tmp_path):
+    output = tmp_path / "out"
+    plain, _ = evaluate(FakeEncoder(width=16), data, tmp_path / "plain")
+    settings = Settings(dims=(4,), precisions=("int8", "binary"))
+    found, _ = evaluate(FakeEncoder(width=16), data, output, settings=settings)
+    assert found["averages"] == plain["averages"]
+    assert list(found["variants"]) == ["int8", "binary", "dim4", "dim4-int8", "dim4-binary"]
+    assert [v["bytes"] for v in found["variants"].values()] == [16, 2, 16, 4, 1]
+    # The first four dimensions of every vector, scored as a model of its own.
+
+    class Short(FakeEncoder):
+        def vector(self, text, images=()):
+            return super().vector(text, images)[:4]
+
+    short, _ = evaluate(Short(width=16), data, tmp_path / "short")
+    assert found["variants"]["dim4"]["averages"] == short["averages"]
+    for name, subset in short["subsets"].items():
+        assert found["variants"]["dim4"]["subsets"][name] == subset["acc"]
+    assert "## Smaller vectors" in (output / "scores.md").read_text()
+
+
+# -------------------------------------------------------------------------- interruptions, shards
+
+
+def test_a_large_subset_is_saved_while_it_is_embedded(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "INPUTS_PER_CALL", 5)
+    output = tmp_path / "out"
+    stopped = FakeEncoder(fail_at=3)
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate(stopped, data, output, inputs_at_once=1)
+    encoder = FakeEncoder()
+    resumed, said = evaluate(encoder, data, output, inputs_at_once=1)
+    assert not set(encoder.seen) & set(stopped.seen) and len(stopped.seen) == 10
+    assert any("taken from ImageNet-1K_embeddings.npz" in s for s in said)
+    assert resumed == evaluate(FakeEncoder(), data, tmp_path / "plain")[0]
+
+
+def test_inputs_that_show_the_same_image_are_neighbours(data, tmp_path):
+    rows = labels()
+    for k, one in enumerate(rows):
+        one["qry_text"] = f"<|image_1|> Is this number {k}?\n"
+    write_subset(data, "VOC2007", rows)
+    encoder = FakeEncoder()
+    evaluate(encoder, data, tmp_path / "out")
+    shown = [images for _, images in encoder.seen]
+    assert shown.count(("ImageNet-1K_3.png",)) == 2
+    runs = [name for name, _ in itertools.groupby(shown)]
+    assert len([r for r in runs if r]) == len({r for r in runs if r})
+    assert runs[-1] == ()  # texts last
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_all_inputs_once_and_about_even(count):
+    rng = np.random.default_rng(0)
+    inputs = [(f"text {n} " * int(rng.integers(1, 9)), ()) for n in range(40)]
+    inputs += [(f"q{n}", (f"image {n % 17}",)) for n in range(50)]
+    shares = [share(inputs, k, count) for k in range(count)]
+    assert sorted(n for part in shares for n in part) == list(range(90))
+    for part in shares:
+        images = [inputs[n][1] for n in part if inputs[n][1]]
+        assert len([k for k, _ in itertools.groupby(images)]) == len(set(images))
+        assert abs(len(images) - 50 / count) <= 3

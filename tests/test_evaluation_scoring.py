@@ -121,7 +121,7 @@ def test_a_lone_truth_needs_a_finite_score():
 
 def test_equal_vectors_are_scored_once_also_with_a_minus_zero():
     targets = np.array([[0.0, 1.0], [2.0, 1.0], [-0.0, 1.0]], np.float32)
-    ids, vectors = scoring._distinct_vectors(targets)
+    ids, vectors = scoring.distinct_vectors(targets)
     assert ids.tolist() == [0, 1, 0] and len(vectors) == 2
     np.testing.assert_array_equal(vectors[ids], targets)
     assert dot([[0.0, -0.0]]).tied.tolist() == [True]

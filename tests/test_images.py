@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from vlm2vec_jax import images as images_module
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.images import ImageError, image_size, load_image
+from vlm2vec_jax.inputs import MultimodalInput
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (7, 11, 3), dtype=np.uint8)
@@ -301,3 +302,36 @@ def test_no_file_stays_open_and_threads_agree(tmp_path):
         links = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
         opened = [os.readlink(link) for link in links if os.path.lexists(link)]
         assert not [name for name in opened if str(tmp_path) in name]
+
+
+def test_an_image_of_several_inputs_is_decoded_once(tmp_path, monkeypatch):
+    decoded = []
+    real = images_module._open
+
+    def counted(path, name):
+        decoded.append(os.path.basename(path))
+        return real(path, name)
+
+    monkeypatch.setattr(images_module, "_open", counted)
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 30), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+    inputs = [MultimodalInput(f"<|image_1|> {n}", (tmp_path / "a.png",)) for n in range(3)]
+    inputs.append(MultimodalInput("<|image_1|>", (str(tmp_path / "b.png"),)))
+    inputs.append(MultimodalInput("no image"))
+    shared = images_module.share_images(inputs)
+    found = [load_image(image) for item in shared for image in item.images]
+    assert sorted(decoded) == ["a.png", "b.png"]
+    assert [f.getpixel((3, 3)) for f in found] == [(255, 0, 0)] * 3 + [(0, 0, 255)]
+    assert [i.text for i in shared] == [i.text for i in inputs]
+    assert images_module.SharedImage._held == 0
+    monkeypatch.setattr(images_module, "SHARED_BYTES", 100)  # no room: decoded again
+    for item in images_module.share_images(inputs):
+        for image in item.images:
+            load_image(image)
+    assert decoded.count("a.png") == 4
+    missing = [MultimodalInput("<|image_1|>", (tmp_path / "no.png",))] * 2
+    for item in images_module.share_images(missing):
+        with pytest.raises(UserError, match=r"no\.png: no such image"):
+            load_image(item.images[0])
+        with pytest.raises(UserError, match=r"no\.png: no such image"):
+            image_size(item.images[0])

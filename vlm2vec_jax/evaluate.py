@@ -51,6 +51,7 @@ def main(args: Any) -> None:
 
     from vlm2vec_jax.evaluation import run as evaluation
     from vlm2vec_jax.evaluation import tables
+    from vlm2vec_jax.evaluation.rows import Settings
 
     console = Console()
 
@@ -79,7 +80,7 @@ def main(args: Any) -> None:
         args.subsets,
         output=args.output,
         image_root=args.image_root,
-        similarity=args.similarity,
+        settings=Settings(args.similarity),
         encode_options=options,
         say=say,
     )

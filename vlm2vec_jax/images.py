@@ -11,14 +11,15 @@ import contextlib
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.inputs import ImageLike
+from vlm2vec_jax.inputs import ImageLike, MultimodalInput
 
 ExifMode = Literal["ignore", "apply"]
 EXIF_MODES = ("ignore", "apply")
@@ -80,6 +81,8 @@ def load_image(source: ImageLike, *, exif: ExifMode = "ignore") -> Image.Image:
       UserError: for an unknown `exif`.
     """
     _check_exif(exif)
+    if isinstance(source, SharedImage):
+        return source.load(exif)
     name = describe_image(source)
     if isinstance(source, Image.Image):
         # Pillow decodes an opened file when it is first used, and two threads must not both do it.
@@ -87,6 +90,82 @@ def load_image(source: ImageLike, *, exif: ExifMode = "ignore") -> Image.Image:
             return _decode(source, name, exif)
     with _open(source, name) as image:
         return _decode(image, name, exif)
+
+
+SHARED_BYTES = 1 << 30
+"""Decoded pixels that images in use by several inputs may hold; beyond it they decode again."""
+
+
+class SharedImage(os.PathLike):
+    """The file of an image that several inputs show: decoded for the first, kept for the last."""
+
+    _held = 0
+    _counting = threading.Lock()
+
+    def __init__(self, path: str | os.PathLike, uses: int):
+        """Nothing is read yet.
+
+        Args:
+          path: the file.
+          uses: how many times it will be loaded.
+        """
+        self.path, self.uses = os.fspath(path), uses
+        self._lock = threading.Lock()
+        self._image: Image.Image | None = None
+
+    def __fspath__(self) -> str:
+        return os.fsdecode(self.path)
+
+    def load(self, exif: ExifMode) -> Image.Image:
+        """`load_image` of the file; see there."""
+        with self._lock:
+            self.uses -= 1
+            image = self._image if self._image is not None else load_image(self.path, exif=exif)
+            keep = self.uses > 0
+            if keep and self._image is None:
+                keep = self._count(3 * image.width * image.height)
+            elif not keep and self._image is not None:
+                self._count(-3 * image.width * image.height)
+            self._image = image if keep else None
+            return image
+
+    @classmethod
+    def _count(cls, size: int) -> bool:
+        """Take note of pixels that are kept or dropped; False where there is no room."""
+        with cls._counting:
+            if size > 0 and cls._held + size > SHARED_BYTES:
+                return False
+            cls._held += size
+            return True
+
+    def __del__(self) -> None:
+        image = getattr(self, "_image", None)
+        if image is not None:
+            self._count(-3 * image.width * image.height)
+
+
+def share_images(inputs: Sequence[MultimodalInput]) -> list[MultimodalInput]:
+    """The same inputs, with files that several of them show decoded only once.
+
+    Args:
+      inputs: to be encoded once each, in any order and by any thread.
+    """
+    uses = Counter(
+        os.fspath(image)
+        for item in inputs
+        for image in item.images
+        if not isinstance(image, Image.Image)
+    )
+    shared = {path: SharedImage(path, count) for path, count in uses.items() if count > 1}
+    if not shared:
+        return list(inputs)
+
+    def one(image: ImageLike) -> ImageLike:
+        return image if isinstance(image, Image.Image) else shared.get(os.fspath(image), image)
+
+    return [
+        MultimodalInput(item.text, tuple(one(image) for image in item.images)) for item in inputs
+    ]
 
 
 def image_size(source: ImageLike, *, exif: ExifMode = "ignore") -> tuple[int, int]:

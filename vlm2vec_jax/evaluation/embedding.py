@@ -14,12 +14,17 @@ import numpy as np
 
 from vlm2vec_jax.data.mmeb import to_input
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.evaluation import mmeb, store
+from vlm2vec_jax.evaluation import store
+from vlm2vec_jax.evaluation.hosts import Hosts, Identity, arrange, share
+from vlm2vec_jax.evaluation.rows import Rows, Settings, scored_from
 from vlm2vec_jax.evaluation.store import Key
 from vlm2vec_jax.inputs import BadInputs, MultimodalInput
 
 INPUTS_AT_ONCE = 512
 """A dataset of MMEB has more, and is embedded by itself; smaller ones share a call."""
+
+INPUTS_PER_CALL = 4096
+"""Most inputs of one call of the encoder; what is embedded is saved after each."""
 
 
 class Encoder(Protocol):
@@ -49,40 +54,24 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-Identity = tuple[str, tuple[str, ...]]
-"""What an input is across subsets: its text, and the absolute paths of its images."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A subset read once: its distinct inputs, and its rows as indices into them.
+class Plan(Rows):
+    """A subset read once: its rows, and where they come from.
 
     Attributes:
       source: where it was read from.
-      keys: distinct inputs of queries and candidates, in order of first mention.
       identities: what each key is across subsets.
-      query_index: i32 [rows], into `keys`.
-      candidates: for each row i32 [its candidates], into `keys`, the truth first.
-      embedded_from: fingerprint of the embeddings; the order of rows does not matter to it.
-      scored_from: fingerprint of the score: the same, with the rows and how they are scored.
     """
 
     source: Source
-    keys: list[Key]
     identities: list[Identity]
-    query_index: np.ndarray
-    candidates: list[np.ndarray]
-    embedded_from: dict[str, Any]
-    scored_from: dict[str, Any]
-
-    @property
-    def subset(self) -> str:
-        """The subset's name."""
-        return self.source.subset
 
 
 def plan_subset(
-    source: Source, images: dict[Path, str], made_with: Mapping[str, Any], similarity: str
+    source: Source,
+    images: dict[Path, str],
+    made_with: Mapping[str, Any],
+    settings: Settings | None = None,
 ) -> Plan:
     """Read a subset's rows; a candidate of a row stays as four bytes.
 
@@ -90,7 +79,7 @@ def plan_subset(
       source: the subset.
       images: hashes of image files that were read already, added to.
       made_with: fingerprint of the encoder.
-      similarity: how it will be scored.
+      settings: how it will be scored.
 
     Raises:
       UserError: no rows, or an image that cannot be read.
@@ -123,18 +112,22 @@ def plan_subset(
         "inputs": store.hash_rows(sorted(keys)),
         "images": store.hash_images(files, images),
     }
-    rows = (keys, *(row.tolist() for row in (query_index, *candidates)))
-    scored_from = {
-        **embedded_from,
-        "rows": store.hash_rows(rows),
-        "similarity": similarity,
-        "benchmark": mmeb.BENCHMARK_VERSION,
-    }
-    return Plan(source, keys, identities, query_index, candidates, embedded_from, scored_from)
+    made_from = scored_from(embedded_from, keys, query_index, candidates, settings or Settings())
+    return Plan(
+        source.subset, keys, query_index, candidates, embedded_from, made_from, source, identities
+    )
+
+
+Done = Callable[[Plan, Mapping[Key, np.ndarray]], None]
 
 
 class Embedding:
-    """Embeds the inputs of the pending subsets, each distinct one once."""
+    """Embeds the inputs of the pending subsets, each distinct one once.
+
+    Inputs that show the same image go to the encoder one after the other, in the same call, so
+    that it need decode it only once. With several processes each embeds its share; with `part`
+    only that share is embedded and the rest is left to other machines.
+    """
 
     def __init__(
         self,
@@ -144,84 +137,176 @@ class Embedding:
         options: Mapping[str, Any],
         inputs_at_once: int,
         say: Callable[[str], None],
+        hosts: Hosts | None = None,
+        part: tuple[int, int] | None = None,
     ):
         self.encoder, self.output, self.options, self.say = encoder, output, options, say
         self.plans, self.inputs_at_once = plans, inputs_at_once
+        self.hosts = hosts or Hosts()
         # How many pending subsets still want an input; only shared ones are held in memory.
         self.wanted = collections.Counter(i for plan in plans for i in set(plan.identities))
         self.held: dict[Identity, np.ndarray] = {}
+        self.mine: set[Identity] | None = None
+        if part is not None:
+            everything = list(self.wanted)
+            self.mine = {everything[n] for n in share(everything, *part)}
 
-    def run(self, done: Callable[[Plan, Mapping[Key, np.ndarray]], None]) -> None:
+    def run(self, done: Done) -> None:
         """Call `done(plan, vectors)` for each pending subset as soon as it is embedded.
 
         Small subsets are embedded together: packing wastes the least with many inputs at once.
+        In a process that does not write, `done` is not called.
         """
         waiting: list[Plan] = []
+        stored: dict[Identity, np.ndarray] = {}
         fresh: dict[Identity, MultimodalInput] = {}
         for number, plan in enumerate(self.plans, 1):
             path = store.embeddings_path(self.output, plan.subset)
-            vectors, why_not = store.load_embeddings(path, plan.embedded_from)
-            where = f"[{number}/{len(self.plans)}] {plan.subset}: {len(plan.query_index)} rows"
-            if vectors is not None:
-                self.say(f"{where}, embeddings taken from {path.name}")
-                self._finish(plan, vectors, done)
-                continue
+            found, why_not = (
+                store.load_embeddings(path, plan.embedded_from) if self.hosts.writes else ({}, "")
+            )
+            found = {} if found is None else found
+            there = self.hosts.agree([n for n, key in enumerate(plan.keys) if key in found])
+            for n in there:
+                vector = found.get(plan.keys[n])
+                stored[plan.identities[n]] = _NOWHERE if vector is None else vector
             if why_not:
                 self.say(f"{plan.subset}: {why_not}; embedded again")
             before = len(fresh)
             for identity, key in zip(plan.identities, plan.keys, strict=True):
-                if identity not in self.held and identity not in fresh:
+                if self.mine is not None and identity not in self.mine:
+                    continue
+                if not any(identity in known for known in (self.held, stored, fresh)):
                     fresh[identity] = to_input(key, plan.source.image_root)
-            new = len(fresh) - before
-            shared = len(plan.keys) - new
-            self.say(
-                f"{where}, {new} inputs to embed"
-                + (f" ({shared} more are shared with subsets before it)" if shared else "")
-            )
+            self._tell(number, plan, len(fresh) - before, len(there), path.name)
             waiting.append(plan)
-            if len(fresh) >= self.inputs_at_once:
-                self._flush(waiting, fresh, done)
-                waiting, fresh = [], {}
-        self._flush(waiting, fresh, done)
+            # A subset that is there already need not wait for others.
+            if len(fresh) >= self.inputs_at_once or not fresh:
+                self._flush(waiting, stored, fresh, done)
+                waiting, stored, fresh = [], {}, {}
+        self._flush(waiting, stored, fresh, done)
 
-    def _flush(self, waiting: list[Plan], fresh: dict[Identity, MultimodalInput], done) -> None:
-        vectors = dict(self.held)
-        if fresh:
-            try:
-                matrix = np.asarray(self.encoder.encode(list(fresh.values()), **self.options))
-            except BadInputs as error:  # what only decoding shows, such as truncated images
-                names = list(fresh)
-                problems = [f"{_where(waiting, names[n])}: {p}" for n, p in error.problems.items()]
-                raise_problems("The data has bad rows", problems, advice=error.advice)
-                raise
-            if matrix.ndim != 2 or len(matrix) != len(fresh):
-                raise ValueError(f"{len(fresh)} inputs gave embeddings of shape {matrix.shape}")
-            bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
-            if bad:
-                names = ", ".join(plan.subset for plan in waiting)
-                self.say(
-                    f"{bad} of {len(fresh)} embeddings for {names} are not finite; rows that "
-                    f"need them count as wrong"
-                )
-            vectors.update(zip(fresh, matrix.astype(np.float32), strict=True))
+    def _tell(self, number: int, plan: Plan, new: int, there: int, name: str) -> None:
+        where = f"[{number}/{len(self.plans)}] {plan.subset}: {len(plan.query_index)} rows"
+        if there == len(plan.keys):
+            self.say(f"{where}, embeddings taken from {name}")
+            return
+        wanted = [i for i in plan.identities if self.mine is None or i in self.mine]
+        shared = len(wanted) - new - there
+        more = [f"{there} taken from {name}"] if there else []
+        more += [f"{shared} more are shared with subsets before it"] if shared > 0 else []
+        self.say(f"{where}, {new} inputs to embed" + (f" ({', '.join(more)})" if more else ""))
+
+    def _flush(
+        self,
+        waiting: list[Plan],
+        stored: Mapping[Identity, np.ndarray],
+        fresh: dict[Identity, MultimodalInput],
+        done: Done,
+    ) -> None:
+        vectors = {**self.held, **stored}
+        names = list(fresh)
+        groups = [[names[n] for n in group] for group in arrange(names)]
+        calls = _calls(groups, self.inputs_at_once)
+        for call in calls:
+            matrix = self._encode(waiting, call, fresh)
+            vectors.update(zip(call, matrix, strict=True))
+            self._at_0(lambda: self._save(waiting, vectors, stored))
+        if not calls:
+            self._at_0(lambda: self._save(waiting, vectors, stored))
         for plan in waiting:
-            matrix = np.stack([vectors[identity] for identity in plan.identities])
-            path = store.embeddings_path(self.output, plan.subset)
-            store.save_embeddings(path, plan.keys, matrix, plan.embedded_from)
-            self._finish(plan, dict(zip(plan.keys, matrix, strict=True)), done)
+            own = {
+                key: vectors[i]
+                for key, i in zip(plan.keys, plan.identities, strict=True)
+                if i in vectors
+            }
+            self._hold(plan, own)
+            if self.mine is None:
+                self._at_0(lambda plan=plan, own=own: done(plan, own))
 
-    def _finish(self, plan: Plan, vectors: Mapping[Key, np.ndarray], done) -> None:
-        self._hold(plan, vectors)
-        done(plan, vectors)
+    def _at_0(self, work: Callable[[], None]) -> None:
+        """Let process 0 do something; if it fails, all stop."""
+        error = None
+        if self.hosts.writes:
+            try:
+                work()
+            except Exception as caught:
+                error = caught
+        self.hosts.settle(error)
+
+    def _encode(
+        self, waiting: list[Plan], names: list[Identity], inputs: dict[Identity, MultimodalInput]
+    ) -> np.ndarray:
+        """Vectors of all inputs of a call, float32 [N, D]; each process embeds its share."""
+        shares = [share(names, k, self.hosts.count) for k in range(self.hosts.count)]
+        mine = [names[n] for n in shares[self.hosts.index]]
+        part, error = np.zeros((0, 0), np.float32), None
+        try:
+            if mine:
+                part = self._encode_mine(waiting, mine, inputs)
+        except Exception as caught:
+            error = caught
+        self.hosts.settle(error)
+        return self.hosts.gather(part, shares)
+
+    def _encode_mine(self, waiting, names: list[Identity], inputs) -> np.ndarray:
+        try:
+            items = [inputs[name] for name in names]
+            matrix = np.asarray(self.encoder.encode(items, **self.options))
+        except BadInputs as error:  # what only decoding shows, such as truncated images
+            problems = [f"{_where(waiting, names[n])}: {p}" for n, p in error.problems.items()]
+            raise_problems("The data has bad rows", problems, advice=error.advice)
+            raise
+        if matrix.ndim != 2 or len(matrix) != len(names):
+            raise ValueError(f"{len(names)} inputs gave embeddings of shape {matrix.shape}")
+        bad = int(np.sum(~np.isfinite(matrix).all(axis=1)))
+        if bad:
+            subsets = ", ".join(plan.subset for plan in waiting)
+            self.say(
+                f"{bad} of {len(names)} embeddings for {subsets} are not finite; rows that "
+                f"need them count as wrong"
+            )
+        return matrix.astype(np.float32)
+
+    def _save(
+        self,
+        waiting: list[Plan],
+        vectors: Mapping[Identity, np.ndarray],
+        stored: Mapping[Identity, np.ndarray],
+    ) -> None:
+        """Write what is there of the waiting subsets: an interruption costs one call at most."""
+        for plan in waiting:
+            there = [n for n, i in enumerate(plan.identities) if i in vectors]
+            if all(plan.identities[n] in stored for n in there):
+                continue  # on disk already
+            matrix = np.stack([vectors[plan.identities[n]] for n in there])
+            path = store.embeddings_path(self.output, plan.subset)
+            keys = [plan.keys[n] for n in there]
+            store.save_embeddings(path, keys, matrix, plan.embedded_from)
 
     def _hold(self, plan: Plan, vectors: Mapping[Key, np.ndarray]) -> None:
         for identity, key in dict(zip(plan.identities, plan.keys, strict=True)).items():
             self.wanted[identity] -= 1
-            if self.wanted[identity] > 0:
+            if self.wanted[identity] > 0 and key in vectors:
                 # A copy, lest a shared input keep the whole matrix of its subset alive.
                 self.held.setdefault(identity, np.array(vectors[key]))
             else:
                 self.held.pop(identity, None)
+
+
+_NOWHERE = np.zeros(0, np.float32)
+"""Stands for a vector that only process 0 has read."""
+
+
+def _calls(groups: Sequence[Sequence[Identity]], at_once: int) -> list[list[Identity]]:
+    """Inputs of each call of the encoder: whole groups, few enough to lose in an interruption."""
+    most = max(at_once, INPUTS_PER_CALL)
+    calls: list[list[Identity]] = [[]]
+    for group in sorted(groups, key=lambda group: not group[0][1]):  # texts last
+        if calls[-1] and len(calls[-1]) + len(group) > most:
+            calls.append([])
+        calls[-1].extend(group)
+    return [call for call in calls if call]
 
 
 def _where(plans: Sequence[Plan], identity: Identity) -> str:

@@ -7,7 +7,8 @@ first maximum, and the truth always stands first: there a tie counts as right, a
 of NaN, so that a collapsed model scores 100 %. Its verdict is kept beside ours.
 
 The work is done in chunks of rows against the union of their candidates, in blocks of targets of
-bounded size, so memory does not grow with the number of queries or of targets.
+bounded size, so memory does not grow with the number of queries or of targets. Targets that fit
+stay on the device for all chunks. `corpus` ranks against one corpus instead of lists.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot")
 ROWS_PER_CHUNK = 32
 TARGETS_PER_BLOCK = 4096
 TOP = 5
+RESIDENT_BYTES = 1 << 30
+"""Targets of no more bytes are put on the device once and gathered there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +112,10 @@ def judge(
     # vectors are equal bit for bit share one scored vector, so that a tie is exactly a tie
     # wherever in a matrix product the two would have stood.
     first = [_first_mentions(row) for row in rows]
-    vector_of, vectors = _distinct_vectors(targets)
+    vector_of, vectors = distinct_vectors(targets)
     width = _power_of_two(max(len(f) for f in first))
     parts = []
+    held = _resident(vectors)
     for start in range(0, len(rows), rows_per_chunk):
         chunk = range(start, min(start + rows_per_chunk, len(rows)))
         ids = [vector_of[rows[n][first[n]]] for n in chunk]
@@ -126,22 +130,60 @@ def judge(
             offset += count
         q = np.zeros((rows_per_chunk, queries.shape[1]), np.float32)
         q[: len(chunk)] = queries[query_index[start : start + len(chunk)]]
-        scores = _scores(q, vectors, union, similarity, targets_per_block)
+        scores = scores_of(q, held, union, similarity, targets_per_block)
         part = jax.device_get(_verdicts(scores, table, positions))
         parts.append({name: value[: len(chunk)] for name, value in part.items()})
     return _gather(parts, len(rows))
 
 
-def _scores(q, vectors, union, similarity: Similarity, block: int) -> jax.Array:
-    """Scores of the queries `q` against `vectors[union]`: f32 [rows, at least len(union)]."""
+def _resident(vectors: np.ndarray) -> np.ndarray | jax.Array:
+    """The vectors on the device if they fit, in one of few shapes; otherwise as they are."""
+    rows = _power_of_two(len(vectors))
+    if 4 * rows * vectors.shape[1] > RESIDENT_BYTES:
+        return vectors
+    padded = np.zeros((rows, vectors.shape[1]), np.float32)
+    padded[: len(vectors)] = vectors
+    return jnp.asarray(padded)
+
+
+def scores_of(
+    q: np.ndarray,
+    vectors: np.ndarray | jax.Array,
+    union: np.ndarray,
+    similarity: Similarity,
+    block: int,
+) -> jax.Array:
+    """Scores of queries against some of the vectors.
+
+    Args:
+      q: f32 [R, D].
+      vectors: f32 [V, D]; on the host they are moved block by block.
+      union: int [U], which of them.
+      similarity: "cosine" or "dot".
+      block: how many of them at a time.
+
+    Returns:
+      f32 [R, at least U]; columns behind U mean nothing.
+    """
     block = min(block, _power_of_two(len(union)))
+    cosine = similarity == "cosine"
     columns = []
     for start in range(0, len(union), block):
         ids = union[start : start + block]
-        part = np.zeros((block, vectors.shape[1]), np.float32)
-        part[: len(ids)] = vectors[ids]
-        columns.append(_block_scores(q, part, cosine=similarity == "cosine"))
+        if isinstance(vectors, np.ndarray):
+            part = np.zeros((block, vectors.shape[1]), np.float32)
+            part[: len(ids)] = vectors[ids]
+            columns.append(_block_scores(q, part, cosine=cosine))
+        else:
+            padded = np.zeros(block, np.int32)
+            padded[: len(ids)] = ids
+            columns.append(_gathered_scores(q, vectors, padded, cosine=cosine))
     return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="cosine")
+def _gathered_scores(q: jax.Array, vectors: jax.Array, ids: jax.Array, *, cosine: bool):
+    return _block_scores(q, vectors[ids], cosine=cosine)
 
 
 @functools.partial(jax.jit, static_argnames="cosine")
@@ -214,15 +256,38 @@ def _first_mentions(row: np.ndarray) -> np.ndarray:
     return np.sort(np.unique(row, return_index=True)[1])
 
 
-def _distinct_vectors(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Map each target to a distinct vector: (i64 [Nt], f32 [Nv, D])."""
-    seen: dict[bytes, int] = {}
-    # + 0.0 turns -0.0 into 0.0, which is the same number with other bits.
-    ids = np.array([seen.setdefault((row + 0.0).tobytes(), len(seen)) for row in targets], np.int64)
-    if len(seen) == len(targets):
-        return ids, targets
+def distinct_vectors(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Map each target to a distinct vector, in order of first mention: (i64 [Nt], f32 [Nv, D])."""
+    if not len(targets):
+        return np.zeros(0, np.int64), targets
+    ids = _ids_by_hash(targets)
+    if ids is None:  # two different vectors of one 64-bit hash
+        seen: dict[bytes, int] = {}
+        # + 0.0 turns -0.0 into 0.0, which is the same number with other bits.
+        each = (seen.setdefault((row + 0.0).tobytes(), len(seen)) for row in targets)
+        ids = np.fromiter(each, np.int64, len(targets))
     keep = np.unique(ids, return_index=True)[1]
-    return ids, targets[keep]
+    return ids, targets if len(keep) == len(targets) else targets[keep]
+
+
+def _ids_by_hash(targets: np.ndarray) -> np.ndarray | None:
+    """The same numbers by a hash of each row, which spares a copy of it; None if one collides."""
+    odd = np.random.default_rng(0).integers(0, 1 << 63, targets.shape[1], np.uint64) * 2 + 1
+    hashes = np.empty(len(targets), np.uint64)
+    step = 1 << 14
+    for start in range(0, len(targets), step):
+        words = (targets[start : start + step] + 0.0).view(np.uint32)
+        hashes[start : start + step] = (words * odd).sum(axis=1, dtype=np.uint64)
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(targets)))
+    for start in range(0, len(again), step):
+        part = again[start : start + step]
+        a, b = targets[part] + 0.0, targets[first[inverse[part]]] + 0.0
+        if not np.array_equal(a.view(np.uint32), b.view(np.uint32)):
+            return None
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return number[inverse]
 
 
 def _power_of_two(n: int) -> int:

@@ -2,7 +2,8 @@
 """What an evaluation keeps on disk, and when it may be used again.
 
 An output folder holds, per subset, `<subset>_embeddings.npz`, `<subset>_score.json` and
-`<subset>_pred.jsonl`. Each carries the fingerprint of what it was made from: model, adapter and
+`<subset>_pred.jsonl`; a shard holds embeddings of its share and `<subset>_rows.npz` (`rows`).
+Each carries the fingerprint of what it was made from: model, adapter and
 processor settings (the encoder's own fingerprint) and the data (keys, candidate lists, the bytes
 of the images). A file with another fingerprint is never reused. Every file is written beside its
 name and moved there when complete, so an interruption leaves the earlier file or none. Paths
@@ -37,6 +38,11 @@ Key = tuple[str, str]
 def embeddings_path(output: str | os.PathLike, subset: str) -> Path:
     """Where the embeddings of a subset are kept."""
     return Path(output) / f"{subset}_embeddings.npz"
+
+
+def rows_path(output: str | os.PathLike, subset: str) -> Path:
+    """Where a shard keeps the rows of a subset."""
+    return Path(output) / f"{subset}_rows.npz"
 
 
 def score_path(output: str | os.PathLike, subset: str) -> Path:
@@ -220,16 +226,16 @@ def save_embeddings(
         raise ValueError(f"{len(keys)} keys for {len(vectors)} embeddings")
     arrays = {
         "embeddings": np.asarray(vectors, np.float32),
-        "keys": _as_bytes([list(key) for key in keys]),
-        "fingerprint": _as_bytes(fingerprint),
+        "keys": as_bytes([list(key) for key in keys]),
+        "fingerprint": as_bytes(fingerprint),
     }
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+    write_npz(path, arrays)
 
 
 def load_embeddings(
     path: str | os.PathLike, wanted: Mapping
 ) -> tuple[dict[Key, np.ndarray] | None, str]:
-    """Embeddings kept under a fingerprint.
+    """Embeddings kept under a fingerprint; not all of the subset's where a run was interrupted.
 
     Returns:
       ({key: float32 [D]}, "") if the file was made from what `wanted` names; otherwise
@@ -238,23 +244,45 @@ def load_embeddings(
     path = Path(path)
     if not path.exists():
         return None, ""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            different = differences(_from_bytes(file["fingerprint"]), plain(wanted))
-            if different:
-                return None, f"{path.name} was made from something else ({'; '.join(different)})"
-            keys = [(str(text), str(image)) for text, image in _from_bytes(file["keys"])]
-            vectors = file["embeddings"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    arrays = read_npz(path, ("fingerprint", "keys", "embeddings"))
+    if arrays is None:
         return None, f"{path.name} cannot be read"
+    try:
+        different = differences(from_bytes(arrays["fingerprint"]), plain(wanted))
+        keys = [(str(text), str(image)) for text, image in from_bytes(arrays["keys"])]
+    except (ValueError, TypeError):
+        return None, f"{path.name} cannot be read"
+    if different:
+        return None, f"{path.name} was made from something else ({'; '.join(different)})"
+    vectors = arrays["embeddings"]
     if vectors.ndim != 2 or len(vectors) != len(keys) or vectors.dtype != np.float32:
         return None, f"{path.name} is not complete"
     return dict(zip(keys, vectors, strict=True)), ""
 
 
-def _as_bytes(value: Any) -> np.ndarray:
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays atomically; nothing in the file is pickled."""
+
+    def write(file: BinaryIO) -> None:
+        np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(path, write)
+
+
+def read_npz(path: str | os.PathLike, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Arrays of an npz file, nothing unpickled; None if it is damaged or lacks one of them."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def as_bytes(value: Any) -> np.ndarray:
+    """A json-able value as UTF-8 in an array of bytes."""
     return np.frombuffer(json.dumps(value, default=str).encode(), np.uint8)
 
 
-def _from_bytes(array: np.ndarray) -> Any:
+def from_bytes(array: np.ndarray) -> Any:
+    """What `as_bytes` was given."""
     return json.loads(array.tobytes().decode())

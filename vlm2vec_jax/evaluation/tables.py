@@ -75,10 +75,11 @@ def markdown(scores: Mapping[str, Any]) -> str:
     """The table of `scores.md`: averages first, then each subset by meta-task, in percent."""
     subsets, means = scores["subsets"], scores["averages"]
     behind = counts(subsets)
+    version = scores.get("benchmark", mmeb.BENCHMARK_VERSION)
     lines = [
         "# MMEB scores",
         "",
-        "hit@1 in percent; an average is the unweighted mean over its subsets.",
+        f"{version}, hit@1 in percent; an average is the unweighted mean over its subsets.",
         "",
         "| | " + " | ".join(f"{TITLES[a]} ({behind[a]})" for a in AVERAGES) + " |",
         "|---|" + "---:|" * len(AVERAGES),
@@ -98,8 +99,60 @@ def markdown(scores: Mapping[str, Any]) -> str:
                 f"| {_cell(name)} | {TITLES.get(s['split'] or '', NO_SCORE)} | {percent(s['acc'])} "
                 f"| {s['num_correct']} | {s['num_pred']} | {percent(s['acc_reference'])} |"
             )
-    lines += ["", *notes(scores)]
+    lines += [*_metrics(scores), *_variants(scores), "", *notes(scores)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _metrics(scores: Mapping[str, Any]) -> list[str]:
+    """Averages of every metric at every cut-off."""
+    means = scores.get("metric_averages")
+    if not means:
+        return []
+    names = list(dict.fromkeys(name.split("@")[0] for name in means))
+    ks = list(dict.fromkeys(name.split("@")[1] for name in means))
+    lines = [
+        "",
+        "## Metrics",
+        "",
+        "Average over all subsets, in percent.",
+        "",
+        "| metric | " + " | ".join(f"@{k}" for k in ks) + " |",
+        "|---|" + "---:|" * len(ks),
+    ]
+    for name in names:
+        values = [percent(means[f"{name}@{k}"]["all"]) for k in ks]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    return lines
+
+
+def _variants(scores: Mapping[str, Any]) -> list[str]:
+    """Smaller vectors beside the full ones."""
+    found = scores.get("variants")
+    if not found:
+        return []
+    full = next(iter(found.values()))["bytes_full"]
+    lines = [
+        "",
+        "## Smaller vectors",
+        "",
+        "hit@1 in percent of what a vector store would keep. A tie counts as wrong, and short or "
+        "binary vectors tie often: the last column counts ties as the reference does.",
+        "",
+        "| vectors | bytes | "
+        + " | ".join(TITLES[a] for a in AVERAGES)
+        + " | All, ties as right |",
+        "|---|---:|" + "---:|" * (len(AVERAGES) + 1),
+    ]
+
+    def line(name: str, size: int, means: Mapping[str, float | None], lucky: float | None) -> str:
+        cells = [percent(means[a]) for a in AVERAGES]
+        return f"| {name} | {size} | {' | '.join(cells)} | {percent(lucky)} |"
+
+    reference = [s["acc_reference"] for s in scores["subsets"].values()]
+    lines.append(line("full", full, scores["averages"], sum(reference) / len(reference)))
+    for name, v in found.items():
+        lines.append(line(name, v["bytes"], v["averages"], v["averages_reference"]["all"]))
+    return lines
 
 
 def notes(scores: Mapping[str, Any]) -> list[str]:
