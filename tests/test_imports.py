@@ -3,8 +3,8 @@
 
 The rooms are host side (no jax: `data/`, processors, inputs, packing, planning, configuration),
 device side (`nn`, `losses`, `parallel`: only jax, flax, numpy), `weights` (knows no model),
-`models` (a backbone knows no other, no data and no training) and entry points, which alone read
-flags and the environment.
+`models` (a backbone knows no other but `shared`, no data and no training) and entry points,
+which alone read flags and the environment.
 """
 
 import ast
@@ -32,8 +32,9 @@ HOST_FILES = {
     "config_check",
     "options",
 }
-FAMILIES = {"qwen_vl": {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}}
-"""A folder of shared parts -> the backbones that may import it; it imports none of them."""
+QWEN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+FAMILIES = {"qwen_vl": QWEN, "shared": {"phi3v", "llava_next", "qwen_vl", *QWEN}}
+"""A folder of shared parts -> the folders that may import it; it imports none of them."""
 TOKENIZER = "models.tokenizer"
 MAKES_TOKENIZER = {"models.phi3v.mini", "models.phi3v.mini_tokenizer"}
 """Train the small model's tokenizer, so they may use `tokenizers` (inside a function, too)."""

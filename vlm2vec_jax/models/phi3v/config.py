@@ -14,27 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.models.shared.clip_config import ClipConfig, read_clip
 
 REAL_CLIP = "openai/clip-vit-large-patch14-336"
 """The tower that real checkpoints name without spelling out its sizes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipConfig:
-    """HF's CLIPVisionConfig fields that decide the features; the defaults are ViT-L/14-336."""
-
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    image_size: int = 336
-    patch_size: int = 14
-    layer_norm_eps: float = 1e-5
-
-    @property
-    def patches_per_side(self) -> int:
-        """Patches along one side of a crop (24 in the real tower)."""
-        return self.image_size // self.patch_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +82,7 @@ class Phi3VConfig:
     @property
     def clip_layers_used(self) -> int:
         """CLIP layers that run to reach `hidden_states[layer_idx]` (23 of 24)."""
-        states = self.clip.num_hidden_layers + 1
-        return self.layer_idx if self.layer_idx >= 0 else states + self.layer_idx
+        return self.clip.layers_used(self.layer_idx)
 
 
 def from_hf(folder: str | Path) -> Phi3VConfig:
@@ -195,17 +177,7 @@ def _clip(problems: list[str], img: dict[str, Any], vision: dict[str, Any] | Non
                 f"describe it by vision_config or in clip_config.json (known: {REAL_CLIP})"
             )
         return ClipConfig()
-    _expect(problems, vision, "vision_config.hidden_act", ["quick_gelu", None])
-    _expect(problems, vision, "vision_config.num_channels", [3, None])
-    _expect(problems, vision, "vision_config.attention_dropout", [0, 0.0, None])
-    sizes: dict[str, Any] = {}
-    for field in dataclasses.fields(ClipConfig):
-        value = vision.get(field.name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            problems.append(f"vision_config.{field.name} must be a positive number, not {value!r}")
-        else:
-            sizes[field.name] = float(value) if field.name == "layer_norm_eps" else int(value)
-    return ClipConfig(**sizes)
+    return read_clip(problems, vision)
 
 
 def _rope(problems: list[str], raw: dict[str, Any], need, *, head_size: int) -> RopeConfig:

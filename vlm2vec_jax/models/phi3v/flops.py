@@ -11,6 +11,7 @@ from __future__ import annotations
 from vlm2vec_jax.inputs import VisualLayout
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
 from vlm2vec_jax.models.phi3v.hd_transform import SHARED_FEATURES, hd_geometry
+from vlm2vec_jax.models.shared.clip_config import clip_flops
 
 
 def forward_flops(config: Phi3VConfig, tokens: int, crops: int = 0) -> float:
@@ -39,14 +40,9 @@ def decoder_flops(config: Phi3VConfig, tokens: int) -> float:
 
 def crop_flops(config: Phi3VConfig) -> float:
     """FLOPs of one crop: patches, CLIP's used layers, projection of its tokens."""
-    clip, d = config.clip, config.hidden_size
-    c, f = clip.hidden_size, clip.intermediate_size
-    patches = clip.patches_per_side**2
-    seen = patches + 1
-    layer = seen * (2 * 4 * c * c + 2 * 2 * c * f) + 4 * c * seen * seen
-    embed = patches * 2 * clip.patch_size**2 * 3 * c
+    c, d = config.clip.hidden_size, config.hidden_size
     project = config.tokens_per_crop * 2 * (4 * c * d + d * d)
-    return embed + config.clip_layers_used * layer + project
+    return clip_flops(config.clip, config.clip_layers_used) + project
 
 
 def image_size(config: Phi3VConfig, num_crops: int, width: int, height: int) -> tuple[int, int]:

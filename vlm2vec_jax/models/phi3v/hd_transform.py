@@ -17,10 +17,7 @@ import math
 import numpy as np
 from PIL import Image
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""CLIP's mean of each channel, of values in [0, 1]."""
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's standard deviation of each channel."""
+from vlm2vec_jax.models.shared.clip_config import IMAGE_MEAN, IMAGE_STD
 
 NEWLINE = 0
 SEPARATOR = 1

@@ -4,8 +4,8 @@
 Kernels are [in, out]. `fsdp` cuts the input dimension of those that widen (and of the projector
 and CLIP likewise); `tensor` cuts their output, and the input of the kernels that lead back into
 the residual stream (there `fsdp` takes the output, as one dimension is enough for each axis).
-Vectors, CLIP's small tables and patch kernel (0.6 M numbers) and the adapters are whole on every
-chip: adapters are small, and their gradients are then the only thing to be reduced.
+Vectors and the adapters are whole on every chip: adapters are small, and their gradients are then
+the only thing to be reduced.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
+from vlm2vec_jax.models.shared import clip
 from vlm2vec_jax.parallel.sharding import gathered
 
 # Leading None: the axis of stacked layers, which `lax.scan` walks along.
 _WIDEN = P(None, "fsdp", "tensor")
 _NARROW = P(None, "tensor", "fsdp")
-_CLIP_LAYERS = r"vision/clip/(layers|unused_layers)"
 
 RULES: list[tuple[str, P]] = [
     (r".*/(lora_a|lora_b|magnitude)", P()),
@@ -30,12 +30,7 @@ RULES: list[tuple[str, P]] = [
     (r"decoder/(layers|last)/(attn/out|mlp/down)/kernel", _NARROW),
     (r"decoder/(layers|last)/(input_norm|post_norm)/scale", P()),
     (r"decoder/norm/scale", P()),
-    (_CLIP_LAYERS + r"/(attn/[qkv]|mlp/fc1)/kernel", _WIDEN),
-    (_CLIP_LAYERS + r"/(attn/out|mlp/fc2)/kernel", _NARROW),
-    (_CLIP_LAYERS + r"/(attn/(q|k|v|out)|mlp/fc[12])/bias", P()),
-    (_CLIP_LAYERS + r"/norm[12]/(scale|bias)", P()),
-    (r"vision/clip/(class_embedding|position_embedding|patch/kernel)", P()),
-    (r"vision/clip/(pre_norm|post_norm)/(scale|bias)", P()),
+    *clip.RULES,
     (r"vision/projector/fc1/kernel", P("fsdp", "tensor")),
     (r"vision/projector/fc2/kernel", P("tensor", "fsdp")),
     (r"vision/projector/fc[12]/bias", P()),

@@ -11,16 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlm2vec_jax.models.phi3v.clip import Clip
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
 from vlm2vec_jax.models.phi3v.sharding import whole
+from vlm2vec_jax.models.shared.clip import Clip
+from vlm2vec_jax.models.shared.clip_config import IMAGE_MEAN, IMAGE_STD
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.linear import Linear
 from vlm2vec_jax.parallel.mesh import ROWS
 from vlm2vec_jax.parallel.sharding import constrain
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -42,7 +41,7 @@ class Vision(nnx.Module):
 
     def __init__(self, config: Phi3VConfig, *, rngs: nnx.Rngs):
         merged = 4 * config.clip.hidden_size
-        self.clip = Clip(config, rngs=rngs)
+        self.clip = Clip(config.clip, used=config.clip_layers_used, rngs=rngs)
         self.newline = nnx.Param(0.02 * jax.random.normal(rngs.params(), (merged,)))
         self.separator = nnx.Param(0.02 * jax.random.normal(rngs.params(), (merged,)))
         self.projector = Projector(merged, config.hidden_size, rngs=rngs)
@@ -88,7 +87,7 @@ def with_global_views(crops: jax.Array, crop_info: jax.Array) -> jax.Array:
     torch's bicubic interpolation without antialiasing. That is linear and separable, so every
     local crop adds its own share, A crop B^T.
     """
-    mean, std = jnp.asarray(CLIP_MEAN, jnp.float32), jnp.asarray(CLIP_STD, jnp.float32)
+    mean, std = jnp.asarray(IMAGE_MEAN, jnp.float32), jnp.asarray(IMAGE_STD, jnp.float32)
     pixels = (crops.astype(jnp.float32) / 255.0 - mean) / std
     side, count = crops.shape[2], crops.shape[1]
     down = bicubic_shares(crop_info[..., 0], crop_info[..., 1], side)

@@ -10,12 +10,9 @@ tokens only, is a stack of one in `decoder/last`.
 from __future__ import annotations
 
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
+from vlm2vec_jax.models.shared import names
+from vlm2vec_jax.models.shared.names import TRANSPOSED
 from vlm2vec_jax.weights.rules import Alias, Rule, Skip, Table
-
-TRANSPOSED = (1, 0)
-"""Linear: HF [out, in] to ours [in, out]."""
-CONVOLUTION = (2, 3, 1, 0)
-"""Convolution: HF [out, in, kh, kw] to ours [kh, kw, in, out]."""
 
 _VISION = "model.vision_embed_tokens"
 _CLIP = f"{_VISION}.img_processor.vision_model"
@@ -34,9 +31,11 @@ def table(config: Phi3VConfig) -> Table:
             tied_to="model.embed_tokens.weight" if config.tie_word_embeddings else None,
         )
     )
-    rules += _clip(config.clip_layers_used, config.clip.num_hidden_layers)
+    rules += names.clip(
+        _CLIP, "vision/clip", used=config.clip_layers_used, layers=config.clip.num_hidden_layers
+    )
     for hf, ours in (("img_projection.0", "fc1"), ("img_projection.2", "fc2")):
-        rules += _linear(f"{_VISION}.{hf}", f"vision/projector/{ours}")
+        rules += names.linear(f"{_VISION}.{hf}", f"vision/projector/{ours}")
     rules.append(Rule(f"{_VISION}.sub_GN", "vision/newline", lead_ones=3))
     rules.append(Rule(f"{_VISION}.glb_GN", "vision/separator", lead_ones=2))
     return Table(
@@ -66,39 +65,4 @@ def _decoder(layers: int) -> list[Rule]:
         Rule(f"model.layers.{{l}}.{hf}.weight", f"decoder/{name}/{ours}", permute, span)
         for name, span in spans
         for hf, ours, permute in parts
-    ]
-
-
-def _clip(used: int, layers: int) -> list[Rule]:
-    ours = "vision/clip"
-    rules = [
-        Rule(f"{_CLIP}.embeddings.class_embedding", f"{ours}/class_embedding"),
-        Rule(f"{_CLIP}.embeddings.patch_embedding.weight", f"{ours}/patch/kernel", CONVOLUTION),
-        Rule(f"{_CLIP}.embeddings.position_embedding.weight", f"{ours}/position_embedding"),
-        # The missing letter is Hugging Face's.
-        *_norm(f"{_CLIP}.pre_layrnorm", f"{ours}/pre_norm"),
-    ]
-    spans = [("layers", (0, used))] + [("unused_layers", (used, layers))] * (used < layers)
-    for name, span in spans:
-        hf = f"{_CLIP}.encoder.layers.{{l}}"
-        rules += _norm(f"{hf}.layer_norm1", f"{ours}/{name}/norm1", span)
-        for part in ("q", "k", "v", "out"):
-            rules += _linear(f"{hf}.self_attn.{part}_proj", f"{ours}/{name}/attn/{part}", span)
-        rules += _norm(f"{hf}.layer_norm2", f"{ours}/{name}/norm2", span)
-        for part in ("fc1", "fc2"):
-            rules += _linear(f"{hf}.mlp.{part}", f"{ours}/{name}/mlp/{part}", span)
-    return rules + _norm(f"{_CLIP}.post_layernorm", f"{ours}/post_norm")
-
-
-def _norm(hf: str, ours: str, layers: tuple[int, int] | None = None) -> list[Rule]:
-    return [
-        Rule(f"{hf}.weight", f"{ours}/scale", layers=layers),
-        Rule(f"{hf}.bias", f"{ours}/bias", layers=layers),
-    ]
-
-
-def _linear(hf: str, ours: str, layers: tuple[int, int] | None = None) -> list[Rule]:
-    return [
-        Rule(f"{hf}.weight", f"{ours}/kernel", TRANSPOSED, layers),
-        Rule(f"{hf}.bias", f"{ours}/bias", layers=layers),
     ]

@@ -1,20 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CLIP vision tower, up to the layer whose output is used."""
+"""The CLIP vision tower, up to the layer whose output is used, and how its weights are spread.
+
+Wherever it is used it stands at `vision/clip` of the model.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from vlm2vec_jax.models.phi3v.config import ClipConfig, Phi3VConfig
-from vlm2vec_jax.models.phi3v.sharding import whole_layer
+from vlm2vec_jax.models.shared.clip_config import ClipConfig
 from vlm2vec_jax.nn.attention import attend
 from vlm2vec_jax.nn.compute import Compute, layer_at, scan_layers
 from vlm2vec_jax.nn.linear import Linear
 from vlm2vec_jax.nn.norm import LayerNorm
 from vlm2vec_jax.parallel.mesh import ROWS
-from vlm2vec_jax.parallel.sharding import constrain
+from vlm2vec_jax.parallel.sharding import constrain, gathered
+
+_LAYERS = r"vision/clip/(layers|unused_layers)"
+RULES: list[tuple[str, P]] = [
+    # Leading None: the axis of stacked layers.
+    (_LAYERS + r"/(attn/[qkv]|mlp/fc1)/kernel", P(None, "fsdp", "tensor")),
+    (_LAYERS + r"/(attn/out|mlp/fc2)/kernel", P(None, "tensor", "fsdp")),
+    (_LAYERS + r"/(attn/(q|k|v|out)|mlp/fc[12])/bias", P()),
+    (_LAYERS + r"/norm[12]/(scale|bias)", P()),
+    # Small tables and the patch kernel (0.6 M numbers) are whole on every chip.
+    (r"vision/clip/(class_embedding|position_embedding|patch/kernel)", P()),
+    (r"vision/clip/(pre_norm|post_norm)/(scale|bias)", P()),
+]
+"""Rules of the tower for `parallel.sharding`."""
 
 
 class ClipAttention(nnx.Module):
@@ -94,9 +110,15 @@ class Clip(nnx.Module):
     They are kept so that a checkpoint goes in and out whole.
     """
 
-    def __init__(self, config: Phi3VConfig, *, rngs: nnx.Rngs):
-        clip = config.clip
-        self.config = config
+    def __init__(self, clip: ClipConfig, *, used: int, rngs: nnx.Rngs):
+        """Make a tower.
+
+        Args:
+          clip: sizes.
+          used: how many layers run (`ClipConfig.layers_used`).
+          rngs: of the weights.
+        """
+        self.used = used
         self.class_embedding = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (clip.hidden_size,))
         )
@@ -106,7 +128,7 @@ class Clip(nnx.Module):
             * jax.random.normal(rngs.params(), (clip.patches_per_side**2 + 1, clip.hidden_size))
         )
         self.pre_norm = LayerNorm(clip.hidden_size, eps=clip.layer_norm_eps)
-        used, unused = config.clip_layers_used, clip.num_hidden_layers - config.clip_layers_used
+        unused = clip.num_hidden_layers - used
         self.layers = _stack(clip, used, rngs)
         if unused:
             self.unused_layers = _stack(clip, unused, rngs)
@@ -122,7 +144,7 @@ class Clip(nnx.Module):
         return self.pre_norm(x + self.position_embedding[...].astype(x.dtype))
 
     def __call__(self, pixels: jax.Array, compute: Compute, key: jax.Array | None = None):
-        """Patch features [C, P, D] (HF: hidden_states[layer_idx] without the class token).
+        """Patch features [C, P, D] (HF: hidden_states[used] without the class token).
 
         Args:
           pixels: normalised [C, side, side, 3] in the dtype of the computation.
@@ -132,7 +154,7 @@ class Clip(nnx.Module):
 
         def body(x, layer, layer_key):
             # Crops lie row by row, so they are spread as the rows are.
-            layer = whole_layer(layer, "vision/clip/layers")
+            layer = gathered(layer, "vision/clip/layers", RULES, stacked=True)
             return constrain(layer(constrain(x, ROWS), compute, layer_key), ROWS)
 
         x = scan_layers(body, self.embed(pixels), self.layers, compute=compute, key=key)
@@ -141,7 +163,7 @@ class Clip(nnx.Module):
     def hidden_states(self, pixels: jax.Array, compute: Compute) -> list[jax.Array]:
         """[C, P + 1, D] after the first norm and after each layer that is used: for tests."""
         states = [self.embed(pixels)]
-        for index in range(self.config.clip_layers_used):
+        for index in range(self.used):
             states.append(layer_at(self.layers, index)(states[-1], compute))
         return states
 

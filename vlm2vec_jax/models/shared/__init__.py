@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts that several backbones are made of; the only code of `models` that they have in common."""
