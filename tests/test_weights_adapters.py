@@ -142,8 +142,6 @@ def test_targets_follow_peft(table):
 def test_targets_that_cannot_be_adapted_are_explained(table):
     with pytest.raises(UserError, match="model.embed_tokens is no linear layer"):
         match_targets(["embed_tokens", "qkv_proj"], table)
-    with pytest.raises(UserError, match=r"only 1 of the 2 layers model.layers.\{0-1\}.self_attn"):
-        match_targets(["layers.0.self_attn.qkv_proj"], table)
     with pytest.raises(UserError, match="no regular expression"):
         match_targets("(", table)
 
@@ -157,13 +155,24 @@ def test_rank_and_alpha_patterns(table):
         alpha_pattern={"qkv_proj": 64},
     )
     found = resolve(config, table)
-    values = {path.split("/", 2)[2]: (x.rank, x.alpha, x.scaling) for path, x in found.items()}
+    values = {p.split("/", 2)[2]: (x.rank, x.alphas[0], x.scaling) for p, x in found.items()}
     assert values == {"attn/qkv": (8, 64, 8), "attn/out": (4, 16, 4), "mlp/down": (2, 16, 8)}
     root = AdapterConfig(rank=16, alpha=8, targets=("fc1",), rslora=True)
     assert {linear.scaling for linear in resolve(root, table).values()} == {2.0}
     uneven = AdapterConfig(targets=("qkv_proj",), rank_pattern={"layers.0.self_attn.qkv_proj": 4})
-    with pytest.raises(UserError, match=r"\{0-1\}.self_attn.qkv_proj: ranks and alphas differ"):
-        resolve(uneven, table)
+    linear = resolve(uneven, table)["decoder/layers/attn/qkv"]
+    assert (linear.ranks, linear.rank, linear.scalings) == ((4, 8), 8, (2.0, 1.0))
+    np.testing.assert_array_equal(linear.scaling, np.float32([2, 1]))
+    one = resolve(AdapterConfig(targets=("layers.0.self_attn.qkv_proj",)), table)
+    assert one["decoder/layers/attn/qkv"].ranks == (8, 0)
+    assert [layer for layer, _, _ in one["decoder/layers/attn/qkv"].adapted] == [0]
+    by_number = AdapterConfig(targets=("qkv_proj", "q_proj"), layers=(1,))
+    assert {p: x.ranks for p, x in resolve(by_number, table).items()} == {
+        "decoder/layers/attn/qkv": (0, 8),
+        "vision/clip/layers/attn/q": (0, 8),
+    }
+    ours = AdapterConfig(targets=("qkv_proj",), layers=(1,), layers_pattern=("layers",))
+    assert list(resolve(ours, table)) == ["decoder/layers/attn/qkv"]
 
 
 def test_settings_of_newer_versions_that_change_nothing_are_read(goldens, tmp_path):
@@ -180,8 +189,8 @@ def test_settings_that_would_change_the_numbers_are_all_named(goldens, tmp_path)
         "peft_type": "LOHA",
         "bias": "all",
         "fan_in_fan_out": True,
-        "modules_to_save": ["lm_head"],
-        "layers_to_transform": [0, 1],
+        "modules_to_save": "lm_head",
+        "layers_to_transform": [-1],
         "init_lora_weights": "pissa",
         "lora_bias": True,
         "future": {"a": 1},

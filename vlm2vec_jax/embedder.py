@@ -29,6 +29,7 @@ from vlm2vec_jax.models.loading import (
     flatten,
     load_model,
     open_processor,
+    replace_saved,
     split_trainable,
 )
 from vlm2vec_jax.nn.compute import Compute
@@ -285,6 +286,7 @@ def load_source(
             import warnings
 
             warnings.warn(difference, stacklevel=3)
+        replace_saved(model, adapter.saved)
         add_adapter(
             model.module,
             adapter.linears,

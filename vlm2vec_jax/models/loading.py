@@ -22,9 +22,9 @@ from vlm2vec_jax.models.folders import ModelSource, of_the_reference
 from vlm2vec_jax.models.registry import backbone_of
 from vlm2vec_jax.nn.linear import linears
 from vlm2vec_jax.parallel import sharding
-from vlm2vec_jax.weights.adapter_config import AdaptedLinear
 from vlm2vec_jax.weights.load import load as load_leaves
 from vlm2vec_jax.weights.safetensors import Checkpoint
+from vlm2vec_jax.weights.targets import AdaptedLinear
 
 
 @dataclasses.dataclass
@@ -83,7 +83,8 @@ def load_model(
         for path, leaf in flat.items()
     }
     with Checkpoint(Path(folder)) as checkpoint:
-        model.module = fill(model.module, load_leaves(checkpoint, model.table, abstract))
+        leaves = load_leaves(checkpoint, model.table, abstract, check_finite=True)
+        model.module = fill(model.module, leaves)
     return model
 
 
@@ -164,18 +165,50 @@ def add_adapter(
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
         # Under jit, so that no float32 copy of the kernel is ever written.
         make = jax.jit(_new_adapter, static_argnums=(2, 3), out_shardings=place)
-        leaves = make(layers[path].kernel[...], key, spec.rank, dora)
+        leaves = make(layers[path].kernel[...], key, spec.ranks, dora)
         if tensors is not None:
             leaves = {name: jnp.asarray(tensors[f"{path}/{name}"]) for name in leaves}
             leaves = jax.device_put(leaves, place) if place is not None else leaves
-        layers[path].set_adapter(leaves, scale=spec.scaling, dropout=dropout)
+        scale = spec.scaling
+        if not isinstance(scale, float):
+            scale = jnp.asarray(scale)
+            scale = jax.device_put(scale, place) if place is not None else scale
+        layers[path].set_adapter(leaves, scale=scale, dropout=dropout)
 
 
-def _new_adapter(kernel: jax.Array, key: jax.Array, rank: int, dora: bool) -> dict[str, jax.Array]:
+def replace_saved(model: Model, saved: Mapping[str, Any]) -> None:
+    """Put the tensors of modules that an adapter stores whole into a model, in place.
+
+    Args:
+      model: not adapted yet.
+      saved: HF name -> tensor, as in `weights.adapters.Adapter.saved`.
+    """
+    table = model.table
+    leaves = flatten(model.module)
+    for name, tensor in saved.items():
+        rules = [table.slots[name].rule, *(r for r in table.rules if r.tied_to == name)]
+        for rule in rules:
+            old = leaves[rule.ours]
+            new = jnp.asarray(rule.to_ours(tensor)).astype(old.dtype)
+            layer = table.slots[name].layer
+            new = new if layer is None else old.at[layer].set(new)
+            leaves[rule.ours] = jax.device_put(new, old.sharding)
+    model.module = fill(model.module, leaves)
+
+
+def _new_adapter(
+    kernel: jax.Array, key: jax.Array, ranks: tuple[int, ...], dora: bool
+) -> dict[str, jax.Array]:
     """A normal with deviation 1/r (PEFT's gaussian), B zero, magnitudes the norms of W."""
     *stack, din, dout = kernel.shape
+    rank = max(ranks)
+    if len(set(ranks)) == 1:
+        width = jnp.full((), rank, jnp.float32)
+    else:
+        width = jnp.asarray(ranks, jnp.float32)[:, None, None]
+    a = jax.random.normal(key, (*stack, din, rank), jnp.float32) / jnp.maximum(width, 1)
     leaves = {
-        "lora_a": jax.random.normal(key, (*stack, din, rank), jnp.float32) / rank,
+        "lora_a": jnp.where(jnp.arange(rank) < width, a, 0),
         "lora_b": jnp.zeros((*stack, rank, dout), jnp.float32),
     }
     if dora:

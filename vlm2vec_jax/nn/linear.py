@@ -15,6 +15,10 @@ class DoraNorm(nnx.Variable):
     """Column norms of W + s A B: recomputed once per step, never trained, never saved."""
 
 
+class AdapterScale(nnx.Variable):
+    """s of each layer of a stack, f32 [L], where they differ; never trained."""
+
+
 class Linear(nnx.Module):
     """y = x W + b, adapted or not.
 
@@ -33,6 +37,7 @@ class Linear(nnx.Module):
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.magnitude: nnx.LoRAParam | None = nnx.data(None)
         self.column_norm: DoraNorm | None = nnx.data(None)
+        self.adapter_scale: AdapterScale | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
 
@@ -53,7 +58,11 @@ class Linear(nnx.Module):
             keep = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)
             dropped = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
         low = (dropped @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
-        low = self.lora_scale * low
+        low = (
+            self._scale().astype(x.dtype) * low
+            if self.adapter_scale is not None
+            else self.lora_scale * low
+        )
         if self.magnitude is None:
             return y + low
         norm = self.column_norm[...] if self.column_norm is not None else self.dora_norm()
@@ -76,24 +85,35 @@ class Linear(nnx.Module):
         cross = jnp.sum(jnp.matmul(a.swapaxes(-1, -2), w, precision=exact) * b, axis=-2)
         gram = jnp.matmul(a.swapaxes(-1, -2), a, precision=exact)
         low = jnp.sum(jnp.matmul(gram, b, precision=exact) * b, axis=-2)
-        squared = own + 2 * self.lora_scale * cross + self.lora_scale**2 * low
+        scale = self._scale()[..., None] if self.adapter_scale is not None else self.lora_scale
+        squared = own + 2 * scale * cross + scale**2 * low
         # Rounding may leave a tiny negative number where W + s A B vanishes.
         return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squared, 0.0)))
 
-    def set_adapter(self, leaves: dict[str, jax.Array], *, scale: float, dropout: float) -> None:
+    def _scale(self) -> jax.Array:
+        assert self.adapter_scale is not None
+        return self.adapter_scale[...]
+
+    def set_adapter(
+        self, leaves: dict[str, jax.Array], *, scale: float | jax.Array, dropout: float
+    ) -> None:
         """Put an adapter on, in place of any before.
 
         Args:
           leaves: `lora_a` [..., in, r], `lora_b` [..., r, out] and, for DoRA, `magnitude`
             [..., out]; float32.
-          scale: s, as alpha / r.
+          scale: s, as alpha / r; or f32 [L], one for each layer of a stack.
           dropout: share of the adapter's input that is dropped in training.
         """
         self.lora_a = nnx.LoRAParam(leaves["lora_a"])
         self.lora_b = nnx.LoRAParam(leaves["lora_b"])
         magnitude = leaves.get("magnitude")
         self.magnitude = None if magnitude is None else nnx.LoRAParam(magnitude)
-        self.lora_scale, self.lora_dropout = scale, dropout
+        self.lora_dropout = dropout
+        if isinstance(scale, (int, float)):
+            self.lora_scale, self.adapter_scale = float(scale), None
+        else:
+            self.lora_scale, self.adapter_scale = 0.0, AdapterScale(scale)
 
 
 def linears(model: nnx.Module) -> dict[str, Linear]:

@@ -32,7 +32,7 @@ from vlm2vec_jax.training.optimizer import AdamW, make_schedule
 from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import TrainBatch
 from vlm2vec_jax.weights.adapter_config import AdapterConfig, peft_config, resolve
-from vlm2vec_jax.weights.adapters import load_adapter
+from vlm2vec_jax.weights.adapters import Adapter, load_adapter
 
 CHUNK_TOKENS = {"cpu": 4096}
 """Tokens that a device embeds at a time, by platform."""
@@ -143,6 +143,7 @@ def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
                 f"{config.model.adapter} is a {trained.config.kind} adapter, but adapter.type is "
                 f"{wanted.type}"
             )
+        _check_trainable(config.model.adapter, trained)
         add_adapter(
             model.module,
             trained.linears,
@@ -162,6 +163,27 @@ def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
         mesh=mesh,
     )
     return adapter
+
+
+def _check_trainable(folder: str, adapter: Adapter) -> None:
+    """Refuse to go on training what a run would not keep.
+
+    Raises:
+      UserError: if the adapter stores whole modules, or is a DoRA that leaves out some layers of
+        a stack (whose magnitudes would be trained, too).
+    """
+    problems = []
+    if adapter.saved:
+        problems.append(f"it stores whole modules (modules_to_save {list(adapter.config.saved)})")
+    uneven = [p for p, linear in adapter.linears.items() if not all(linear.ranks)]
+    if uneven and adapter.config.dora:
+        problems.append(f"it is a DoRA that leaves out some layers of {', '.join(uneven[:5])}")
+    raise_problems(
+        f"{folder} can be used and exported, but training cannot go on from it",
+        problems,
+        advice="Merge it first (python -m vlm2vec_jax.export --format merged) and train a new "
+        "adapter on the result.",
+    )
 
 
 def new_adapter(config: Config, backbone: Backbone) -> AdapterConfig:

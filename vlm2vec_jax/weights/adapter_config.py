@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.weights.rules import Rule, Table, collapse
+from vlm2vec_jax.weights.rules import Table
+from vlm2vec_jax.weights.targets import Targets, listed, resolve
 
 CONFIG = "adapter_config.json"
-Targets = tuple[str, ...] | str
-"""Module names or their endings; or one regular expression; or "all-linear"."""
-
 # Settings that change nothing about the weights, whatever they say.
 _INERT = {
     "auto_mapping",
@@ -54,6 +50,9 @@ _READ = {
     "rank_pattern",
     "alpha_pattern",
     "base_model_name_or_path",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
 }
 
 
@@ -70,6 +69,9 @@ class AdapterConfig:
       dora: weight-decomposed (with magnitudes).
       rslora: scaling alpha/sqrt(r).
       rank_pattern, alpha_pattern: module name, or the regular expression of its ending -> value.
+      saved: names of modules that were trained whole and are stored beside the adapter.
+      layers: numbers of the layers that are adapted; None is all.
+      layers_pattern: names of the lists that `layers` counts in; () is any.
       base: base model's id or path as the adapter records it.
       raw: the whole file, so that a written adapter keeps what it does not decide.
     """
@@ -83,6 +85,9 @@ class AdapterConfig:
     rslora: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    saved: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
     base: str | None = None
     raw: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -90,16 +95,6 @@ class AdapterConfig:
     def kind(self) -> str:
         """`lora` or `dora`."""
         return "dora" if self.dora else "lora"
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaptedLinear:
-    """One adapted leaf: rank, alpha and scaling, and the HF modules in the order of its layers."""
-
-    rank: int
-    alpha: float
-    scaling: float
-    modules: tuple[str, ...]
 
 
 def read_config(folder: str | Path) -> AdapterConfig:
@@ -148,6 +143,11 @@ def config_from_dict(raw: Mapping[str, Any], *, origin: str = CONFIG) -> Adapter
         rslora=bool(get("use_rslora", False, lambda v: v in (True, False, None))),
         rank_pattern=get("rank_pattern", {}, _numbers) or {},
         alpha_pattern=get("alpha_pattern", {}, _numbers) or {},
+        saved=tuple(get("modules_to_save", None, _names) or ()),
+        layers=_layers(get("layers_to_transform", None, _layer_numbers)),
+        layers_pattern=_words(
+            get("layers_pattern", None, lambda v: v is None or _names_or_pattern(v) or v == "")
+        ),
         base=raw.get("base_model_name_or_path"),
         raw=dict(raw),
     )
@@ -163,6 +163,7 @@ def match_targets(
     PEFT's rule on HF module names: a list matches a module that equals an entry or ends with "."
     and the entry; a string is a regular expression for the whole name; "all-linear" is every
     linear layer but the output head. Every layer of the vision tower counts, unused ones too.
+    Names of the table are tried first, then those of other transformers generations.
 
     Args:
       targets: a list, a regular expression or "all-linear".
@@ -170,42 +171,9 @@ def match_targets(
       exclude: the same for layers to leave out (not "all-linear").
 
     Raises:
-      UserError: if nothing matches, only some layers of a stack match (they share one leaf), or
-        something other than a linear layer matches.
+      UserError: if nothing matches, or something other than a linear layer matches.
     """
-    return list(_matched_modules(_targets(targets), table, exclude))
-
-
-def resolve(config: AdapterConfig, table: Table) -> dict[str, AdaptedLinear]:
-    """The linear layers that an adapter stands on, with rank and scaling.
-
-    Raises:
-      UserError: as `match_targets`, and if layers of one stack have different ranks or alphas.
-    """
-    out, problems = {}, []
-    for path, modules in _matched_modules(config.targets, table, config.exclude).items():
-        values = {
-            (
-                int(_pattern_value(config.rank_pattern, module, config.rank)),
-                _pattern_value(config.alpha_pattern, module, config.alpha),
-            )
-            for module in modules
-        }
-        if len(values) > 1:
-            problems.append(
-                f"{collapse(modules)[0][0]}: ranks and alphas differ between layers "
-                f"({', '.join(f'r={r} alpha={a}' for r, a in sorted(values))})"
-            )
-            continue
-        rank, alpha = values.pop()
-        scaling = alpha / math.sqrt(rank) if config.rslora else alpha / rank
-        out[path] = AdaptedLinear(rank, alpha, scaling, modules)
-    raise_problems(
-        "layers that are stacked here need one rank and alpha; rank_pattern and alpha_pattern "
-        "ask for several",
-        problems,
-    )
-    return out
+    return list(resolve(AdapterConfig(targets=_targets(targets), exclude=exclude), table))
 
 
 def base_difference(config: AdapterConfig, base: str | Path) -> str | None:
@@ -220,7 +188,11 @@ def base_difference(config: AdapterConfig, base: str | Path) -> str | None:
 
 
 def peft_config(
-    config: AdapterConfig, *, base: str | None = None, table: Table | None = None
+    config: AdapterConfig,
+    *,
+    base: str | None = None,
+    table: Table | None = None,
+    layout: str | None = None,
 ) -> dict[str, Any]:
     """`adapter_config.json` with the keys that PEFT 0.11 to 0.21 all accept.
 
@@ -229,15 +201,20 @@ def peft_config(
       base: id or path of the base model; by default what the adapter recorded.
       table: needed if layers are excluded, which old versions cannot say: the matched modules are
         then listed one by one.
+      layout: transformers generation whose module names are wanted; None leaves targets and
+        patterns as they came.
     """
     targets: Any = config.targets
-    if config.exclude:
+    rank_pattern, alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
+    layers: Any = None if config.layers is None else list(config.layers)
+    if config.exclude or layout is not None:
         if table is None:
-            raise ValueError("excluded layers can only be written out with the name table")
-        targets = [m for linear in resolve(config, table).values() for m in linear.modules]
+            raise ValueError("layers can only be listed one by one with the name table")
+        targets, rank_pattern, alpha_pattern = listed(config, table, layout)
+        layers = None
     raw = config.raw
     return {
-        "alpha_pattern": dict(config.alpha_pattern),
+        "alpha_pattern": alpha_pattern,
         "auto_mapping": raw.get("auto_mapping"),
         "base_model_name_or_path": config.base if base is None else base,
         "bias": "none",
@@ -245,17 +222,17 @@ def peft_config(
         "inference_mode": True,
         "init_lora_weights": raw.get("init_lora_weights", "gaussian"),
         "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
+        "layers_pattern": (list(config.layers_pattern) or None) if layers is not None else None,
+        "layers_to_transform": layers,
         "loftq_config": {},
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": None,
+        "modules_to_save": list(config.saved) or None,
         "peft_type": "LORA",
         "r": config.rank,
-        "rank_pattern": dict(config.rank_pattern),
+        "rank_pattern": rank_pattern,
         "revision": raw.get("revision"),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "task_type": raw.get("task_type"),
@@ -282,68 +259,24 @@ def _targets(value: Any) -> Targets:
     return value if isinstance(value, str) else tuple(value or ())
 
 
-def _matched_modules(
-    targets: Targets, table: Table, exclude: Targets
-) -> dict[str, tuple[str, ...]]:
-    problems: list[str] = []
-    out: dict[str, tuple[str, ...]] = {}
-    for path, rule in table.by_leaf.items():
-        if not rule.hf.endswith(".weight"):
-            continue
-        modules = _modules(rule)
-        hit = [m for m in modules if _hits(m, targets, rule, table) and not _named(m, exclude)]
-        if not hit:
-            continue
-        label = collapse(modules)[0][0]
-        linear = path.removesuffix("/kernel")
-        if linear not in table.linears:
-            # "all-linear" means linear layers only; a name or a pattern that hits more is refused.
-            problems.append(f"{label} is no linear layer; adapters stand on linear layers only")
-        elif len(hit) < len(modules):
-            problems.append(
-                f"only {len(hit)} of the {len(modules)} layers {label} match; layers that are "
-                "stacked here can only be adapted together"
-            )
-        else:
-            out[linear] = tuple(modules)
-    if not out and not problems:
-        known = sorted({rule.hf.split(".")[-2] for rule in table.linears.values()})
-        problems.append(f"no linear layer matches; their names end in {', '.join(known)}")
-    raise_problems(f"adapter targets {_shown(targets)} do not fit this model", problems)
-    return out
+def _names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+    )
 
 
-def _modules(rule: Rule) -> list[str]:
-    return [name.removesuffix(".weight") for name in rule.names()]
+def _layer_numbers(value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return value is None or all(_number(v) and v == int(v) >= 0 for v in values)
 
 
-def _hits(module: str, targets: Targets, rule: Rule, table: Table) -> bool:
-    if targets == "all-linear":
-        return rule.linear and module not in table.heads
-    return _named(module, targets)
+def _layers(value: Any) -> tuple[int, ...] | None:
+    if value is None or value == []:
+        return None
+    return tuple(map(int, value)) if isinstance(value, (list, tuple)) else (int(value),)
 
 
-def _named(module: str, targets: Targets) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, module) is not None
-        except re.error as error:
-            raise UserError(
-                f"adapter targets {targets!r}: no regular expression: {error}"
-            ) from None
-    return any(module == entry or module.endswith(f".{entry}") for entry in targets)
-
-
-def _shown(targets: Targets) -> str:
-    return repr(targets) if isinstance(targets, str) else f"[{', '.join(targets)}]"
-
-
-def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's `get_pattern_key`: the first pattern that ends the module's name at a dot."""
-    for pattern, value in patterns.items():
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return value
-        except re.error as error:
-            raise UserError(f"{pattern!r} is no regular expression: {error}") from None
-    return default
+def _words(value: Any) -> tuple[str, ...]:
+    if not value:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)

@@ -19,9 +19,9 @@ import numpy as np
 
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.weights.adapter_config import CONFIG, AdapterConfig, peft_config, resolve
-from vlm2vec_jax.weights.adapters import LEAVES, adapter_tensors, merge_leaf
+from vlm2vec_jax.weights.adapters import LEAVES, adapter_tensors, is_adapter_leaf, merge_leaf
 from vlm2vec_jax.weights.load import copy_cast
-from vlm2vec_jax.weights.rules import Table
+from vlm2vec_jax.weights.rules import DEFAULT_LAYOUT, Table
 from vlm2vec_jax.weights.safetensors import DEFAULT_SHARD_BYTES, Checkpoint, write
 
 RECORD = "vlm2vec.json"
@@ -69,7 +69,7 @@ def export_hf(
         tensors that it should give, or the disk does not take the folder.
       ValueError: if `flat` lacks leaves, or has leaves that the table does not know.
     """
-    adapted = sorted(path for path in flat if path.rpartition("/")[2] in LEAVES)
+    adapted = sorted(path for path in flat if is_adapter_leaf(path))
     if adapted:
         raise ValueError(f"unmerged adapter leaves: {', '.join(adapted[:5])}; use export_merged")
     return _export(flat, table, source, output, record, dtype, shard_bytes, from_source, {}, force)
@@ -122,6 +122,9 @@ def export_peft(
     record: Mapping[str, Any],
     base: str | None = None,
     dtype: Any = np.float32,
+    saved: Mapping[str, np.ndarray] | None = None,
+    dtypes: Mapping[str, Any] | None = None,
+    layout: str = DEFAULT_LAYOUT,
     force: bool = False,
 ) -> Path:
     """Write an adapter folder as PEFT does: `adapter_config.json` and safetensors.
@@ -134,16 +137,22 @@ def export_peft(
       record: contents of `vlm2vec.json`.
       base: id or path of the base model to record; by default what the adapter recorded.
       dtype: element type; PEFT itself writes float32.
+      saved, dtypes: as `adapters.adapter_tensors`.
+      layout: transformers generation whose module names PEFT will meet. An adapter with another
+        generation's names is loaded by PEFT without effect.
       force: replace an existing folder.
 
     Raises:
-      UserError: if the output exists (and there is no force) or the disk does not take it.
+      UserError: if the output exists (and there is no force), the backbone does not know the
+        generation, or the disk does not take it.
       ValueError: if leaves and targets disagree.
     """
     with staged(output, force=force) as folder:
-        write(folder, adapter_tensors(flat, table, config, dtype=dtype), stem="adapter_model",
-              shard_bytes=float("inf"))  # fmt: skip
-        _write_json(folder / CONFIG, peft_config(config, base=base, table=table))
+        tensors = adapter_tensors(
+            flat, table, config, dtype=dtype, saved=saved, dtypes=dtypes, layout=layout
+        )
+        write(folder, tensors, stem="adapter_model", shard_bytes=float("inf"))
+        _write_json(folder / CONFIG, peft_config(config, base=base, table=table, layout=layout))
         _write_json(folder / RECORD, record)
     return Path(output)
 
@@ -212,7 +221,7 @@ def _export(
     dtype: Any,
     shard_bytes: float,
     from_source: Collection[str],
-    scaling: Mapping[str, float],
+    scaling: Mapping[str, Any],
     force: bool,
 ) -> Path:
     source, output = Path(source), Path(output)
@@ -222,8 +231,12 @@ def _export(
         raise UserError(f"{output} holds the base model {source}: export to another folder")
     _check_flat(flat, table, from_source, scaling)
     with staged(output, force=force) as folder, contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint(source)) if from_source else None
-        tensors = _tensors(flat, table, dtype, scaling, checkpoint, from_source)
+        checkpoint = None
+        absent: set[str] = set()
+        if from_source or table.optional:
+            checkpoint = stack.enter_context(Checkpoint(source))
+            absent = set(table.optional) - set(table.canonical_names(checkpoint.names))
+        tensors = _tensors(flat, table, dtype, scaling, checkpoint, absent)
         write(folder, tensors, shard_bytes=shard_bytes)
         _copy_files(source, folder)
         _record_dtype(source, folder, _common_dtype(flat) if dtype is None else np.dtype(dtype))
@@ -235,10 +248,10 @@ def _check_flat(
     flat: Mapping[str, Any],
     table: Table,
     from_source: Collection[str],
-    scaling: Mapping[str, float],
+    scaling: Mapping[str, Any],
 ) -> None:
-    strange = [p for p in flat if p not in table.by_leaf and p.rpartition("/")[2] not in LEAVES]
-    adapters = {p.rpartition("/")[0] for p in flat if p.rpartition("/")[2] in LEAVES}
+    strange = [p for p in flat if p not in table.by_leaf and not is_adapter_leaf(p)]
+    adapters = {p.rpartition("/")[0] for p in flat if is_adapter_leaf(p)}
     strange += sorted(adapters - set(scaling))
     if strange:
         raise ValueError(f"leaves that the name table does not know: {', '.join(strange[:5])}")
@@ -252,9 +265,9 @@ def _tensors(
     flat: Mapping[str, Any],
     table: Table,
     dtype: Any,
-    scaling: Mapping[str, float],
+    scaling: Mapping[str, Any],
     checkpoint: Checkpoint | None,
-    from_source: Collection[str],
+    absent: Collection[str],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """HF names and arrays; leaves come to the host (and are merged) one at a time."""
     names = {} if checkpoint is None else table.canonical_names(checkpoint.names)
@@ -265,6 +278,8 @@ def _tensors(
             if path != leaf_path:
                 leaf_path, leaf = path, _host_leaf(flat, path, scaling, dtype)
             part = slot.rule.to_hf(leaf if slot.layer is None else leaf[slot.layer])
+            if name in absent and not part.any():
+                continue
         elif checkpoint is not None and name in names:
             part = checkpoint.read(names[name])
         else:
@@ -276,7 +291,7 @@ def _tensors(
 
 
 def _host_leaf(
-    flat: Mapping[str, Any], path: str, scaling: Mapping[str, float], dtype: Any
+    flat: Mapping[str, Any], path: str, scaling: Mapping[str, Any], dtype: Any
 ) -> np.ndarray:
     linear = path.removesuffix("/kernel")
     if linear not in scaling or linear == path:
@@ -298,7 +313,7 @@ def _copy_files(source: Path, folder: Path) -> None:
 
 
 def _common_dtype(flat: Mapping[str, Any]) -> np.dtype | None:
-    kinds = {np.dtype(leaf.dtype) for p, leaf in flat.items() if p.rpartition("/")[2] not in LEAVES}
+    kinds = {np.dtype(leaf.dtype) for p, leaf in flat.items() if not is_adapter_leaf(p)}
     return kinds.pop() if len(kinds) == 1 else None
 
 

@@ -11,13 +11,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from vlm2vec_jax.errors import UserError
 
 Index = tuple[slice, ...]
+
+DEFAULT_LAYOUT = "4.46"
+"""The transformers generation whose names all later ones still load (see `Table.layouts`)."""
+_SPELLINGS = 64
+"""Spellings of one name that are tried at most, so that renames which only grow a name end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +149,16 @@ class Table:
       rules: one per leaf.
       aliases: copies that files may hold.
       skips: buffers that files may hold.
-      renames: (regular expression, replacement) tried on names that the table does not know, in
-        order, until one gives a known name: spellings of older or newer saves.
+      renames: (regular expression, replacement) tried on names that the table does not know, one
+        by one and one after another, until a known name comes out: spellings of older or newer
+        saves.
       heads: HF module names of output heads, which "all-linear" adapters leave out.
+      optional: HF names that a file may lack, because nothing that is computed here needs them
+        (output heads of saves without one). Their leaves are zeros then, and exports leave them
+        out.
+      layouts: transformers generation -> (regular expression, replacement) pairs, applied one
+        after another, from the names of this table to the module names of that generation.
+        Adapters are written for a generation; full models always have this table's names.
 
     Raises:
       ValueError: on construction, if an HF name or a leaf occurs twice, or an alias or a tie
@@ -158,6 +170,8 @@ class Table:
     skips: tuple[Skip, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     heads: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    layouts: Mapping[str, tuple[tuple[str, str], ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
@@ -179,6 +193,9 @@ class Table:
                 rule.tied_to not in self.slots or self.slots[rule.tied_to].rule.tied_to is not None
             ):
                 raise ValueError(f"{rule.hf} is tied to {rule.tied_to}, which is no own tensor")
+        for name in self.optional:
+            if name not in seen:
+                raise ValueError(f"{name} is optional, but no rule has it")
         for skip in self.skips:
             hit = next((name for name in seen if re.fullmatch(skip.pattern, name)), None)
             if hit is not None:
@@ -233,15 +250,38 @@ class Table:
         """This table's spelling of an HF name; unknown names come back unchanged."""
         if self.knows(name):
             return name
-        for pattern, replacement in self.renames:
-            other = re.sub(pattern, replacement, name)
-            if other != name and self.knows(other):
-                return other
+        # A name may differ in several ways at once (a wrapper's prefix and a newer module tree).
+        tried, pending = {name}, [name]
+        for start in pending:
+            for pattern, replacement in self.renames:
+                other = re.sub(pattern, replacement, start)
+                if other in tried:
+                    continue
+                if self.knows(other):
+                    return other
+                if len(tried) < _SPELLINGS:
+                    tried.add(other)
+                    pending.append(other)
         return name
 
     def canonical_module(self, module: str) -> str:
         """This table's spelling of an HF module name that holds a `weight`."""
         return self.canonical(f"{module}.weight").removesuffix(".weight")
+
+    def spelled(self, name: str, layout: str) -> str:
+        """A tensor's or module's name in a transformers generation (see `layouts`).
+
+        Raises:
+          UserError: if the backbone has no such generation.
+        """
+        known = {DEFAULT_LAYOUT: (), **self.layouts}
+        if layout not in known:
+            raise UserError(
+                f"names of transformers {layout} are not known; known: {', '.join(sorted(known))}"
+            )
+        for pattern, replacement in known[layout]:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """This table's spelling -> spelling in the file, for all names of a file.

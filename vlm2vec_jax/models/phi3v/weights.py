@@ -46,8 +46,22 @@ def table(config: Phi3VConfig) -> Table:
             Skip(r".*\.rotary_emb\.inv_freq", "rotary frequencies follow from the configuration"),
             Skip(r".*\.embeddings\.position_ids", "a counting buffer of the CLIP tower"),
         ),
-        renames=((r"^encoder\.(?=model\.|lm_head\.)", ""),),
+        renames=(
+            # Wrappers around the model: torch.compile, DDP, the reference's own, PEFT's.
+            (r"^(_orig_mod|module|encoder|base_model\.model)\.", ""),
+            # Transformers 5 took a level out of CLIPVisionModel, which the image embedding holds.
+            (r"(?<=\.img_processor\.)(?!vision_model\.)", "vision_model."),
+            # Saves of the model without its head, and vLLM's tree.
+            (r"^language_model\.(?=model\.|lm_head\.)", ""),
+            (r"^(?=embed_tokens\.|layers\.|norm\.|vision_embed_tokens\.)", "model."),
+        ),
         heads=("lm_head",),
+        # No embedding needs the head; a tied one is a copy and may be absent anyway.
+        optional=() if config.tie_word_embeddings else ("lm_head.weight",),
+        layouts={
+            "4.46": (),
+            "5": ((r"(?<=\.img_processor\.)vision_model\.", ""),),
+        },
     )
 
 
