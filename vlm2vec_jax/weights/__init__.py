@@ -7,6 +7,6 @@ knows neither the models nor flax.
 * `rules`: the name table (HF tensor <-> leaf), one for both directions.
 * `safetensors`: checkpoints on disk, read by slices, written in shards.
 * `load`: a checkpoint into (sharded) device arrays.
-* `adapter_config`, `targets`, `adapters`: PEFT's LoRA and DoRA: settings, targets, tensors, merging.
+* `adapter_config`, `targets`, `adapters`: PEFT adapters: settings, targets, tensors, merging.
 * `export`: folders that the Hugging Face world loads.
 """
