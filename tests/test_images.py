@@ -335,3 +335,24 @@ def test_an_image_of_several_inputs_is_decoded_once(tmp_path, monkeypatch):
             load_image(item.images[0])
         with pytest.raises(UserError, match=r"no\.png: no such image"):
             image_size(item.images[0])
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa", "PA"])
+def test_alpha_is_composited_on_white_where_asked(mode):
+    image = Image.new("RGBA", (2, 1), (200, 100, 50, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    image = image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
+    white = np.asarray(load_image(image, transparency="white"))
+    assert (white[0, 0] == 255).all() and (white[0, 1] == 0).all()
+    assert not (np.asarray(load_image(image))[0, 0] == 255).all()
+
+
+def test_a_transparent_colour_is_composited_also_after_a_resize():
+    for image in (Image.new("RGB", (4, 2), (9, 9, 9)), Image.new("P", (4, 2), 0)):
+        image.info["transparency"] = 0 if image.mode == "P" else (9, 9, 9)
+        done = load_image(image, transparency="white", square=8)
+        assert done.size == (8, 8) and (np.asarray(done) == 255).all()
+        assert (np.asarray(load_image(image, square=8)) < 10).all()
+    # Modes whose name has an A without meaning alpha stay as they were.
+    lab = Image.new("LAB", (2, 2), (50, 128, 128))
+    assert load_image(lab, transparency="white").tobytes() == load_image(lab).tobytes()

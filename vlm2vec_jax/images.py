@@ -23,6 +23,10 @@ from vlm2vec_jax.inputs import ImageLike, MultimodalInput
 
 ExifMode = Literal["ignore", "apply"]
 EXIF_MODES = ("ignore", "apply")
+Transparency = Literal["drop", "white"]
+
+RESOLUTIONS = {"high": 1344, "mid": 672, "low": 128}
+"""VLM2Vec's words for the square that it makes of every image, whatever its shape, and its side."""
 
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused (twice Pillow's warning threshold, where it raises, too).
@@ -61,7 +65,13 @@ def describe_image(source: ImageLike) -> str:
     return os.fsdecode(source)
 
 
-def load_image(source: ImageLike, *, exif: ExifMode = "ignore") -> Image.Image:
+def load_image(
+    source: ImageLike,
+    *,
+    exif: ExifMode = "ignore",
+    transparency: Transparency = "drop",
+    square: int | None = None,
+) -> Image.Image:
     """Decode an image to 8-bit RGB.
 
     The conversion is Pillow's `convert("RGB")`, as the reference does it (alpha is dropped, not
@@ -71,6 +81,10 @@ def load_image(source: ImageLike, *, exif: ExifMode = "ignore") -> Image.Image:
       source: a path, or an image in memory (which is never changed).
       exif: `ignore` keeps the pixels as stored, which is what the reference does; `apply` turns
         them upright by the EXIF orientation.
+      transparency: `drop` ignores alpha; `white` composites the image on white, as transformers 5
+        does.
+      square: resize to this many pixels a side before anything else, in the image's own mode and
+        with Pillow's default filter for it, as VLM2Vec does.
 
     Returns:
       An image of mode RGB, fully decoded. It may be `source` itself: treat it as read-only.
@@ -82,14 +96,14 @@ def load_image(source: ImageLike, *, exif: ExifMode = "ignore") -> Image.Image:
     """
     _check_exif(exif)
     if isinstance(source, SharedImage):
-        return source.load(exif)
+        return source.load(exif, transparency, square)
     name = describe_image(source)
     if isinstance(source, Image.Image):
         # Pillow decodes an opened file when it is first used, and two threads must not both do it.
         with _DECODING[id(source) // 16 % len(_DECODING)]:
-            return _decode(source, name, exif)
+            return _decode(source, name, exif, transparency, square)
     with _open(source, name) as image:
-        return _decode(image, name, exif)
+        return _decode(image, name, exif, transparency, square)
 
 
 SHARED_BYTES = 1 << 30
@@ -116,11 +130,15 @@ class SharedImage(os.PathLike):
     def __fspath__(self) -> str:
         return os.fsdecode(self.path)
 
-    def load(self, exif: ExifMode) -> Image.Image:
-        """`load_image` of the file; see there."""
+    def load(
+        self, exif: ExifMode, transparency: Transparency = "drop", square: int | None = None
+    ) -> Image.Image:
+        """`load_image` of the file, see there; the same arguments each time."""
         with self._lock:
             self.uses -= 1
-            image = self._image if self._image is not None else load_image(self.path, exif=exif)
+            image = self._image
+            if image is None:
+                image = load_image(self.path, exif=exif, transparency=transparency, square=square)
             keep = self.uses > 0
             if keep and self._image is None:
                 keep = self._count(3 * image.width * image.height)
@@ -274,7 +292,9 @@ def _upright_size(image: Image.Image, name: str, exif: ExifMode) -> tuple[int, i
     return image.size
 
 
-def _decode(image: Image.Image, name: str, exif: ExifMode) -> Image.Image:
+def _decode(
+    image: Image.Image, name: str, exif: ExifMode, transparency: Transparency, square: int | None
+) -> Image.Image:
     _check_header(image, name)
     size = image.size
     with _speaking(name):
@@ -283,15 +303,21 @@ def _decode(image: Image.Image, name: str, exif: ExifMode) -> Image.Image:
             # ICO can do this. Token counts come from the header, so it cannot be let through.
             raise ImageError(f"{name}: the header says {size} pixels, the data {image.size}")
         orientation = _orientation(image) if exif == "apply" else 1
-        rgb = _to_rgb(image, name)
+        if square is not None:
+            info = image.info  # a resize keeps the palette and forgets what is transparent in it
+            image = image.resize((square, square))
+            image.info = dict(info)
+        rgb = _to_rgb(image, name, transparency)
         if orientation != 1:
             rgb = rgb.transpose(_ORIENTATIONS[orientation])
     return rgb
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, transparency: Transparency) -> Image.Image:
     mode = image.mode
-    if mode == "RGB":
+    clear = "a" in mode.lower()[1:] or image.info.get("transparency") is not None
+    clear = clear and transparency == "white" and mode not in ("LAB", "I", "F", "I;16")
+    if mode == "RGB" and not clear:
         return image
     if mode.startswith("I;16"):
         # Pillow clips 16-bit values at 255, which leaves white: take the high byte instead.
@@ -302,6 +328,10 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         _check_float(np.asarray(image), name)
     if mode == "La":
         image = image.convert("LA")
+    if clear:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
     if isinstance(image.info.get("transparency"), bytes) and mode == "P":
         # Pillow would warn that the palette's alpha is lost, which is what is meant to happen.
         image = image.copy()
