@@ -9,8 +9,10 @@
     DIR/eval/<Subset>/test-00000-of-00001.parquet                   qry_text, qry_img_path,
     DIR/eval/eval_images/...                                        tgt_text[], tgt_img_path[]
 
-`mini_tasks.TASKS` lists the subsets. The same seed and scale give the same bytes on the same
-versions of the libraries. The folder appears under its name only when it is complete.
+`--layout hub` (or `hub_v2`) writes what the hub serves instead, archives included
+(`mini_layout.py`). `mini_tasks.TASKS` lists the subsets. The same seed and scale give the same
+bytes on the same versions of the libraries. The folder appears under its name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm2vec_jax.data import mini_builders as b
+from vlm2vec_jax.data.mini_layout import LAYOUTS, to_hub
 from vlm2vec_jax.data.mini_tasks import TASKS, Task, paraphrase
 from vlm2vec_jax.errors import UserError
 
@@ -47,6 +50,7 @@ def write_mini_mmeb(
     *,
     subsets: Sequence[str] | None = None,
     force: bool = False,
+    layout: str = "plain",
 ) -> dict:
     """Write mini-MMEB below `output`, or leave it alone if it is there already.
 
@@ -57,6 +61,7 @@ def write_mini_mmeb(
         lists keep their length.
       subsets: names (MMEB-eval's spelling) to restrict to; None for all.
       force: replace other data in `output` (only `train`, `eval` and the manifest are removed).
+      layout: "plain", or "hub" or "hub_v2" for what the hub serves.
 
     Returns:
       The manifest: version, seed, scale, and rows per subset.
@@ -69,12 +74,17 @@ def write_mini_mmeb(
         raise UserError(f"--scale must lie between 0 and 10, not {scale}")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must lie between 0 and 2**32 - 1, not {seed}")
+    if layout not in LAYOUTS:
+        raise UserError(f"--layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
     tasks = _select(subsets)
     wanted = {
         "version": VERSION, "seed": seed, "scale": scale, "subsets": [t.name for t in tasks],
     }  # fmt: skip
+    if layout != "plain":
+        wanted["layout"] = layout
     done = _read_manifest(output)
-    if done is not None and {k: done.get(k) for k in wanted} == wanted:
+    told = {k: v for k, v in (done or {}).items() if k != "rows"}
+    if done is not None and told == wanted:
         return {**done, "fresh": False}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not force or not output.is_dir():
@@ -94,6 +104,8 @@ def write_mini_mmeb(
         "train": _write_train(partial / "train", tasks, seed, scale),
         "eval": _write_eval(partial / "eval", tasks, seed, scale),
     }
+    if layout != "plain":
+        to_hub(partial, instructions=layout == "hub_v2")
     manifest = {**wanted, "rows": counts}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _move_in(partial, output)
@@ -210,13 +222,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on rows and queries")
     parser.add_argument("--subsets", help="names as MMEB-eval writes them, separated by commas")
+    parser.add_argument(
+        "--layout", default="plain", choices=LAYOUTS, help="plain, or as the hub serves it"
+    )
     parser.add_argument("--force", action="store_true", help="replace other data in the folder")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     subsets = args.subsets.split(",") if args.subsets else None
     try:
         manifest = write_mini_mmeb(
-            args.output, args.seed, args.scale, subsets=subsets, force=args.force
+            args.output,
+            args.seed,
+            args.scale,
+            subsets=subsets,
+            force=args.force,
+            layout=args.layout,
         )
     except (UserError, OSError) as error:
         print(f"mini_mmeb: {error}", file=sys.stderr)
