@@ -15,6 +15,7 @@ from typing import Any
 
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.models.shared.clip_config import ClipConfig, read_clip
+from vlm2vec_jax.models.shared.decoder_config import DecoderConfig
 
 REAL_CLIP = "openai/clip-vit-large-patch14-336"
 """The tower that real checkpoints name without spelling out its sizes."""
@@ -63,6 +64,21 @@ class Phi3VConfig:
     def head_size(self) -> int:
         """H, the width of a head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The decoder's part. `sliding_window` tokens back are seen (HF 4.46's eager mask)."""
+        return DecoderConfig(
+            hidden_size=self.hidden_size,
+            mlp_size=self.mlp_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            rms_norm_eps=self.rms_norm_eps,
+            window=self.sliding_window,
+            fused=True,
+        )
 
     @property
     def crop_size(self) -> int:

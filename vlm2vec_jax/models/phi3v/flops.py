@@ -12,6 +12,7 @@ from vlm2vec_jax.inputs import VisualLayout
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
 from vlm2vec_jax.models.phi3v.hd_transform import SHARED_FEATURES, hd_geometry
 from vlm2vec_jax.models.shared.clip_config import clip_flops
+from vlm2vec_jax.models.shared.decoder_config import decoder_flops
 
 
 def forward_flops(config: Phi3VConfig, tokens: int, crops: int = 0) -> float:
@@ -22,20 +23,7 @@ def forward_flops(config: Phi3VConfig, tokens: int, crops: int = 0) -> float:
       tokens: all tokens of the sequence, image tokens included.
       crops: visual units, global views included.
     """
-    return decoder_flops(config, tokens) + crops * crop_flops(config)
-
-
-def decoder_flops(config: Phi3VConfig, tokens: int) -> float:
-    """FLOPs of the decoder for one sequence."""
-    d, f = config.hidden_size, config.mlp_size
-    heads, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    query = 2 * d * heads + 2 * heads * d + 2 * d * 2 * f + 2 * f * d
-    keys_values = 2 * d * 2 * kv
-    # A token sees (tokens + 1) / 2 others on average: q k^T and the sum of values, 2 FLOPs each.
-    attention = 4 * heads * tokens * (tokens + 1) / 2
-    layer = tokens * (query + keys_values) + attention
-    last = query + tokens * keys_values + 4 * heads * tokens
-    return (config.num_layers - 1) * layer + last
+    return decoder_flops(config.decoder, tokens) + crops * crop_flops(config)
 
 
 def crop_flops(config: Phi3VConfig) -> float:

@@ -7,34 +7,16 @@ Axis legend: R rows, T tokens, S sequences of a row, D model width, V vocabulary
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
 from vlm2vec_jax.models.phi3v.decoder import Decoder, RopeTable
-from vlm2vec_jax.models.phi3v.sharding import whole
 from vlm2vec_jax.models.phi3v.vision import Vision
+from vlm2vec_jax.models.shared.parts import Embedding, put_features
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.linear import Linear
 from vlm2vec_jax.nn.norm import l2_normalize
 from vlm2vec_jax.packing import PackedBatch
-from vlm2vec_jax.parallel.mesh import ROWS
-from vlm2vec_jax.parallel.sharding import constrain
-
-
-class Embedding(nnx.Module):
-    """Token vectors [V, D]; the padding token's row gets no gradient (torch: padding_idx)."""
-
-    def __init__(self, size: int, width: int, *, pad: int | None, rngs: nnx.Rngs):
-        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size, width)))
-        self.pad = pad
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Vectors [R, T, D] of tokens i32 [R, T]."""
-        x = constrain(whole(self.table[...], "embed/table")[tokens], ROWS)
-        if self.pad is None:
-            return x
-        return jnp.where((tokens == self.pad)[..., None], jax.lax.stop_gradient(x), x)
 
 
 class Phi3V(nnx.Module):
@@ -85,6 +67,4 @@ class Phi3V(nnx.Module):
         if not batch.visual:
             return x
         table = self.vision.table(batch.visual, compute, key)
-        index = jnp.maximum(batch.feature_index, 0)[..., None]
-        features = jnp.take_along_axis(table, index, axis=1)
-        return constrain(jnp.where((batch.feature_index >= 0)[..., None], features, x), ROWS)
+        return put_features(x, table, batch.feature_index)

@@ -12,28 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
-from vlm2vec_jax.models.phi3v.sharding import whole
 from vlm2vec_jax.models.shared.clip import Clip
 from vlm2vec_jax.models.shared.clip_config import IMAGE_MEAN, IMAGE_STD
+from vlm2vec_jax.models.shared.parts import Projector
 from vlm2vec_jax.nn.compute import Compute
-from vlm2vec_jax.nn.linear import Linear
 from vlm2vec_jax.parallel.mesh import ROWS
 from vlm2vec_jax.parallel.sharding import constrain
 
 _EXACT = jax.lax.Precision.HIGHEST
-
-
-class Projector(nnx.Module):
-    """Linear, exact GELU, Linear (HF: img_projection)."""
-
-    def __init__(self, din: int, dout: int, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(din, dout, bias=True, rngs=rngs)
-        self.fc2 = Linear(dout, dout, bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Project x [..., 4 C] to [..., D]."""
-        first, second = (None, None) if key is None else jax.random.split(key)
-        return self.fc2(jax.nn.gelu(self.fc1(x, first), approximate=False), second)
 
 
 class Vision(nnx.Module):
@@ -68,8 +54,7 @@ class Vision(nnx.Module):
         shared = jnp.stack([self.newline[...], self.separator[...]]).astype(merged.dtype)
         shared = jnp.broadcast_to(shared, (rows, *shared.shape))
         features = constrain(jnp.concatenate([shared, merged], axis=1), ROWS)
-        projector = whole(self.projector, "vision/projector")
-        return constrain(projector(features, projector_key), ROWS)
+        return self.projector(features, projector_key)
 
 
 def merge_patches(features: jax.Array) -> jax.Array:

@@ -21,8 +21,7 @@ _CLIP = f"{_VISION}.img_processor.vision_model"
 def table(config: Phi3VConfig) -> Table:
     """Build the name table for a configuration (sizes do not matter, layer counts and ties do)."""
     rules = [Rule("model.embed_tokens.weight", "embed/table")]
-    rules += _decoder(config.num_layers)
-    rules.append(Rule("model.norm.weight", "decoder/norm/scale"))
+    rules += names.decoder("model", config.num_layers, fused=True, qkv_bias=False, qk_norm=False)
     rules.append(
         Rule(
             "lm_head.weight",
@@ -63,20 +62,3 @@ def table(config: Phi3VConfig) -> Table:
             "5": ((r"(?<=\.img_processor\.)vision_model\.", ""),),
         },
     )
-
-
-def _decoder(layers: int) -> list[Rule]:
-    parts: list[tuple[str, str, tuple[int, ...] | None]] = [
-        ("input_layernorm", "input_norm/scale", None),
-        ("self_attn.qkv_proj", "attn/qkv/kernel", TRANSPOSED),
-        ("self_attn.o_proj", "attn/out/kernel", TRANSPOSED),
-        ("post_attention_layernorm", "post_norm/scale", None),
-        ("mlp.gate_up_proj", "mlp/gate_up/kernel", TRANSPOSED),
-        ("mlp.down_proj", "mlp/down/kernel", TRANSPOSED),
-    ]
-    spans = [("layers", (0, layers - 1))] * (layers > 1) + [("last", (layers - 1, layers))]
-    return [
-        Rule(f"model.layers.{{l}}.{hf}.weight", f"decoder/{name}/{ours}", permute, span)
-        for name, span in spans
-        for hf, ours, permute in parts
-    ]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of a decoder (Phi-3, Mistral, Llama, Qwen), and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """What the layers need to know; positions are the caller's.
+
+    Attributes:
+      hidden_size: D.
+      mlp_size: width inside the gated MLP.
+      num_layers: how many.
+      num_heads: of queries.
+      num_kv_heads: of keys and values; divides `num_heads`.
+      head_size: H, which need not be D / heads.
+      rms_norm_eps: of every norm.
+      window: how many tokens back a query sees beside itself; None for all of its sequence.
+      fused: q, k, v in one kernel, and gate and up in one (Phi-3).
+      qkv_bias: biases on q, k and v.
+      qk_norm: RMSNorm on each head of q and k before rotation.
+    """
+
+    hidden_size: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rms_norm_eps: float
+    window: int | None = None
+    fused: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+def decoder_flops(config: DecoderConfig, tokens: int) -> float:
+    """FLOPs that one sequence's embedding needs: the last layer for the last token only.
+
+    A multiply and an add are two FLOPs; norms, rotary positions and softmax are not counted.
+    """
+    d, f = config.hidden_size, config.mlp_size
+    heads, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    query = 2 * d * heads + 2 * heads * d + 2 * d * 2 * f + 2 * f * d
+    keys_values = 2 * d * 2 * kv
+    seen = tokens if config.window is None else min(tokens, config.window + 1)
+    # A token sees those before it, at most `seen`: q k^T and the sum of values, 2 FLOPs each.
+    pairs = seen * (seen + 1) / 2 + (tokens - seen) * seen
+    layer = tokens * (query + keys_values) + 4 * heads * pairs
+    last = query + tokens * keys_values + 4 * heads * seen
+    return (config.num_layers - 1) * layer + last
