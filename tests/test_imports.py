@@ -21,6 +21,7 @@ NAME = PACKAGE.name
 ENTRY_POINTS = {"train", "evaluate", "embed", "export", "compile"}
 MAINS = ENTRY_POINTS | {"flags", "data.mini_mmeb", "models.phi3v.mini", "evaluation.report"}
 MAINS |= {"data.prepare", "data.verify"}
+MAINS |= {f"evaluation.{name}" for name in ("merge", "flickr", "inputs", "leaderboard")}
 """Modules that may read flags and the environment: the entry points and small generators."""
 
 HOST_FILES = {
@@ -136,8 +137,8 @@ def module(path: Path, root: Path = PACKAGE) -> Module:
     return Module(".".join(parts), source, tuple(imports_of(source, package)))
 
 
-FETCHES = {"models.folders", "data.hub"}
-"""Turn a hub id into a folder; called for what a user named, never on their own."""
+FETCHES = {"models.folders", "data.hub", "evaluation.endpoint"}
+"""Turn a hub id into a folder, ask a server; called for what a user named, never on their own."""
 STORED = ("training.checkpoint", "training.fingerprint")
 
 MODULES = {m.name: m for m in (module(p) for p in sorted(PACKAGE.rglob("*.py")))}

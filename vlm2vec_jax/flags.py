@@ -80,6 +80,15 @@ def call(main: Main, define: Define, argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
 
 
+def take_arguments(values: flags.FlagValues) -> None:
+    """Let the command line have arguments without a flag; `main` finds them in `arguments`.
+
+    Args:
+      values: what `define` was given.
+    """
+    object.__setattr__(values, "arguments", [])
+
+
 def define_config(values: flags.FlagValues, argv: Sequence[str] | None = None) -> None:
     """Add `--config FILE.py[:variant]` and its overrides `--config.group.field=value`.
 
@@ -141,7 +150,9 @@ def _parse(values: flags.FlagValues, define: Define, argv: list[str]) -> None:
         raise
     except flags.Error as error:
         raise UserError(_in_words(error)) from error
-    if len(rest) > 1:
+    if hasattr(values, "arguments"):
+        object.__setattr__(values, "arguments", rest[1:])
+    elif len(rest) > 1:
         raise UserError(f"arguments without a flag: {' '.join(rest[1:])}")
 
 
@@ -190,7 +201,11 @@ def _in_words(error: flags.Error) -> str:
             found = str(seen)
         seen = seen.__cause__ or seen.__context__
     missing = re.findall(r"Flag (--\S+) must have a value other than None", str(error))
-    return found or (f"{', '.join(missing)} must be given" if missing else str(error))
+    one_of = re.findall(r"Exactly one of \(([^)]*)\) must have a value", str(error))
+    said = [f"{', '.join(missing)} must be given"] if missing else []
+    flagged = [", ".join(f"--{name.strip()}" for name in names.split(",")) for names in one_of]
+    said += [f"give exactly one of {names}" for names in flagged]
+    return found or "; ".join(said) or str(error)
 
 
 def _help(main: Main, values: flags.FlagValues) -> str:
