@@ -4,14 +4,18 @@
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 
+import numpy as np
 import pytest
 from evaluation_data import FakeEncoder, captions, labels, row, write_subset
+from PIL import Image
 
 from vlm2vec_jax import flags
 from vlm2vec_jax.data.mmeb import open_eval
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.evaluation import report, run
+from vlm2vec_jax.evaluation import compare, examples, mmeb, report, run, tables
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 
@@ -101,7 +105,7 @@ def test_text_of_the_data_is_shown_and_never_run(made):
 
 def test_right_and_wrong_are_marked_in_words(made):
     folder = made / "b"
-    page = write(made, trained=folder, data=made / "data", examples=100)
+    page = write(made, trained=folder, data=made / "data", count=100)
     rows = [
         json.loads(line)
         for path in folder.glob("*_pred.jsonl")
@@ -153,9 +157,9 @@ def test_a_picture_outside_the_data_is_not_read(made, tmp_path):
 @pytest.mark.parametrize("wrong", [0, 1, 3, 17, 20])
 def test_examples_are_half_wrong_where_possible(count, wrong):
     correct = [n >= wrong for n in range(20)]
-    rows = report.choose(correct, count)
+    rows = examples.choose(correct, count)
     assert len(rows) == min(count, 20) == len(set(rows))
-    assert rows == sorted(rows)
+    assert rows == sorted(rows, key=lambda n: (correct[n], n))  # wrong ones first
     shown = sum(not correct[n] for n in rows)
     assert shown >= min(wrong, count // 2)
     assert len(rows) - shown >= min(20 - wrong, count // 2)
@@ -168,3 +172,95 @@ def test_the_command(made, capsys):
     argv = ["report", "--trained", str(made / "nowhere"), "--output", str(made / "x.html")]
     assert flags.call(report.main, report.define, argv) == 2
     assert "nowhere" in capsys.readouterr().err and not (made / "x.html").exists()
+
+
+# --------------------------------------------------------------------------- beside published ones
+
+
+def as_published(names) -> dict:
+    """Scores of MMEB's own data, all 70 percent."""
+    subsets = {
+        name: {
+            "acc": 0.7, "acc_reference": 0.7, "meta_task": mmeb.group_of(name)[0],
+            "split": mmeb.group_of(name)[1], "num_correct": 700, "num_pred": 1000,
+            "published_shape": True,
+        }
+        for name in names
+    }  # fmt: skip
+    return {"subsets": subsets, "averages": tables.averages(subsets)}
+
+
+def test_all_36_stand_beside_published_models(tmp_path):
+    scores = as_published(d.name for d in mmeb.DATASETS)
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    report.write_report(tmp_path / "r.html", trained=tmp_path)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    text = " ".join(Tags(page).words)
+    for words in ("VLM2Vec LLaVA-1.6, 1344 px", "74.5 (-4.5)", "All: mean of 36", "62.9 (+7.1)",
+                  "arXiv 2410.05160"):  # fmt: skip
+        assert words in text
+    assert '<td class="n down">74.5 (-4.5)</td>' in page
+    assert '<td class="n up">62.9 (+7.1)</td>' in page
+    table = (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert "74.5 (-4.5)" in table and "## Beside published models" in table
+    report.write_report(tmp_path / "r.html", trained=tmp_path, models=["CLIP"])
+    only = (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert "37.8 (+32.2)" in only and "LLaVA" not in only
+
+
+def test_averages_of_some_datasets_are_not_compared():
+    names = [d.name for d in mmeb.DATASETS if d.meta_task == "grounding"][:3]
+    found = compare.lines(as_published(names), compare.models())
+    assert [line.name for line in found] == names and not any(line.average for line in found)
+    whole = [d.name for d in mmeb.DATASETS if d.meta_task == "grounding"]
+    found = compare.lines(as_published(whole), compare.models(["CLIP"]))
+    assert found[-1].average and found[-1].theirs == [51.8]
+    with pytest.raises(UserError, match="'GPT'; known are"):
+        compare.models(["CLIP", "GPT"])
+
+
+def test_other_data_of_the_same_names_is_not_compared(made):
+    page = write(made, trained=made / "b", data=made / "data")
+    assert "2 of 2 subsets of MMEB" in page and "do not compare" in page and "62.9" not in page
+    table = (made / "report.md").read_text(encoding="utf-8")
+    assert "do not compare" in table and "## Metrics" in table
+
+
+def test_markdown_says_what_was_gained(made):
+    write(made, trained=made / "b", untrained=made / "a")
+    table = (made / "report.md").read_text(encoding="utf-8")
+    assert "## Before and after" in table and "| gain |" in table
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the path")
+def test_a_browser_draws_the_page(made, tmp_path):
+    """Opened from disk without a network: tables, pictures and charts are there, in colour."""
+    path = tmp_path / "report.html"
+    report.write_report(
+        path, trained=made / "b", untrained=made / "a", train=made / "train", data=made / "data"
+    )
+    shot = tmp_path / "shot.png"
+    argv = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--hide-scrollbars", "--window-size=1100,3000", f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr", f"--screenshot={shot}", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert shot.exists(), done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not said  # nothing refused by the page's policy, nothing missing
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape == (3000, 1100, 3)
+    written = (pixels.sum(axis=2) < 3 * 200).any(axis=1)
+    assert written[:1000].sum() > 300 and written[1500:].any()  # far down the page, too
+    blue = (abs(pixels - (0x0B, 0x69, 0xA3)).sum(axis=2) < 12).sum()
+    assert blue > 2000  # the bars of the trained model
+    noise = pixels.std(axis=2) > 40
+    assert noise.sum() > 3000  # the pictures, random colours

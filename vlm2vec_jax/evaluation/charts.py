@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's charts as SVG: training curves, and bars of untrained against trained scores."""
+"""The report's charts as SVG: training curves, bars of averages, a radar over datasets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 UNTRAINED, TRAINED, THIRD = "#9aa5b1", "#0b69a3", "#c99a2e"
+OTHERS = (THIRD, "#2f855a", "#8a4fa3", "#c05621")
+"""Published models, in the order in which they are shown."""
 
 
 def curves(panels: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
@@ -52,14 +54,15 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> 
     figure = _figure(10.5, 2.9)
     ax = figure.subplots()
     width = 0.8 / max(1, len(series))
-    colors = [UNTRAINED, TRAINED] if len(series) > 1 else [TRAINED]
+    colors = _colors(series)
     for k, (label, fractions) in enumerate(series.items()):
         at = [i + (k - (len(series) - 1) / 2) * width for i in range(len(names))]
         heights = [100 * f if f is not None else 0.0 for f in fractions]
         ax.bar(at, heights, width * 0.94, label=label, color=colors[k % len(colors)])
         for x, height, fraction in zip(at, heights, fractions, strict=True):
             text = "–" if fraction is None else f"{height:.1f}"
-            ax.text(x, height + 1.5, text, ha="center", fontsize=7.5, color=INK)
+            small = 7.5 if len(series) < 4 else 5.5
+            ax.text(x, height + 1.5, text, ha="center", fontsize=small, color=INK)
     ax.set_xticks(range(len(names)), names, fontsize=9, color=INK)
     ax.set_ylim(0, 112)
     ax.set_yticks(range(0, 101, 20))
@@ -68,6 +71,49 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> 
     if len(series) > 1:
         ax.legend(frameon=False, fontsize=8, loc="upper right", ncols=len(series))
     return _svg(figure)
+
+
+def radar(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> str:
+    """A radar chart in percent, an axis per dataset.
+
+    Args:
+      names: of the axes, clockwise from the top.
+      series: for each label its fractions; None is drawn as a gap.
+
+    Returns:
+      An SVG document.
+    """
+    figure = _figure(10.5, 7.6)
+    ax = figure.subplots(subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * k / len(names) for k in range(len(names))]
+    ax.set_theta_offset(math.pi / 2)
+    ax.set_theta_direction(-1)
+    for (label, fractions), color in zip(series.items(), _colors(series), strict=False):
+        radii = [math.nan if f is None else 100 * f for f in fractions]
+        ax.plot([*angles, angles[0]], [*radii, radii[0]], color=color, linewidth=1.6, label=label)
+        if not any(math.isnan(r) for r in radii):
+            ax.fill(angles, radii, color=color, alpha=0.08)
+    ax.set_xticks(angles, names, fontsize=8, color=INK)
+    for tick, angle in zip(ax.get_xticklabels(), angles, strict=True):
+        across = math.sin(angle)
+        tick.set_horizontalalignment(
+            "center" if abs(across) < 0.1 else "left" if across > 0 else "right"
+        )
+    ax.set_ylim(0, 100)
+    ax.set_yticks([20, 40, 60, 80, 100])
+    ax.tick_params(axis="y", labelsize=7, labelcolor=MUTED)
+    ax.grid(color=GRID, linewidth=0.8)
+    ax.spines["polar"].set_color(GRID)
+    if len(series) > 1:
+        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.12, 1.05))
+    return _svg(figure)
+
+
+def _colors(series: Mapping[str, Any]) -> list[str]:
+    """Ours in blue (grey for the untrained), published models in other colours."""
+    own = [n for n in series if n in ("untrained", "trained", "ours")]
+    first = [UNTRAINED, TRAINED] if len(own) > 1 else [TRAINED]
+    return [*first, *(OTHERS[k % len(OTHERS)] for k in range(max(0, len(series) - len(first))))]
 
 
 def _smoothed(values: Sequence[float]) -> list[float] | None:

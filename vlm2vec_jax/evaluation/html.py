@@ -42,6 +42,8 @@ th, td { padding:.35rem .6rem; border-bottom:1px solid var(--line); text-align:l
 th { color:var(--muted); font-weight:600; font-size:.8rem; }
 td.n, th.n { text-align:right; white-space:nowrap; }
 tr.mean td { font-weight:600; background:var(--soft); }
+td.up { color:var(--right); }
+td.down { color:var(--wrong); }
 .scroll { overflow-x:auto; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(118px, 1fr)); gap:.6rem;
   margin:1.25rem 0; }
@@ -99,22 +101,32 @@ def chart(svg: str, words: str) -> str:
     return f'<img class="chart" alt="{text(words)}" src="data:image/svg+xml;base64,{data}">'
 
 
-def table(head: list[str], rows: list[tuple[str, list[str]]], left: int = 1) -> str:
+def table(
+    head: list[str],
+    rows: list[tuple[str, list[str]]],
+    left: int = 1,
+    marks: list[list[str]] | None = None,
+) -> str:
     """A table of cells that are escaped here.
 
     Args:
       head: column titles.
       rows: (class of the row, cells).
       left: how many columns are words; the others are numbers.
+      marks: class of each cell of each row, `up` or `down` or none.
     """
 
-    def cells(tag: str, values: list[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if k >= left else ''}>{text(v)}</{tag}>"
-            for k, v in enumerate(values)
-        )
+    def cells(tag: str, values: list[str], kinds: list[str] | None = None) -> str:
+        out = []
+        for k, v in enumerate(values):
+            kind = f"{'n' if k >= left else ''} {kinds[k] if kinds else ''}".strip()
+            out.append(f'<{tag} class="{text(kind)}">{text(v)}</{tag}>')
+        return "".join(out)
 
-    body = "".join(f'<tr class="{text(kind)}">{cells("td", row)}</tr>' for kind, row in rows)
+    body = "".join(
+        f'<tr class="{text(kind)}">{cells("td", row, marks[n] if marks else None)}</tr>'
+        for n, (kind, row) in enumerate(rows)
+    )
     return f'<div class="scroll"><table><tr>{cells("th", head)}</tr>{body}</table></div>'
 
 

@@ -2,16 +2,17 @@
 """An evaluation as one HTML file: scores, training curves, and queries with their top targets.
 
     python -m vlm2vec_jax.evaluation.report --trained DIR [--untrained DIR] [--train DIR]
-        [--data DIR] --output report.html
+        [--data DIR] --output report.html [--compare MODEL ...]
 
 `--trained` and `--untrained` are output folders of `evaluate`, `--train` is one of `train`; each
 may be left out, but not both of the first two. The file opens offline, loads nothing and runs
-nothing: pictures are inside it.
+nothing: pictures are inside it. The tables stand beside it as markdown (`report.md`). Published
+scores are shown beside ours where the data is MMEB's own; `--compare` (once per model, or `all`)
+chooses other models than VLM2Vec's.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.evaluation import charts, html, mmeb, store, tables
+from vlm2vec_jax.evaluation import charts, compare, examples, html, mmeb, store, tables
 from vlm2vec_jax.flags import run
 from vlm2vec_jax.training import metrics
 
@@ -39,18 +40,20 @@ def write_report(
     train: str | os.PathLike | None = None,
     data: str | os.PathLike | None = None,
     image_root: str | os.PathLike | None = None,
-    examples: int = EXAMPLES,
+    count: int = EXAMPLES,
+    models: Sequence[str] | None = None,
 ) -> Path:
     """Write the report.
 
     Args:
-      output: the HTML file.
+      output: the HTML file; the markdown has its name with another ending.
       trained: evaluation folder of the model that is shown.
       untrained: evaluation folder of the model to compare with.
       train: training folder, for the curves of its `metrics.jsonl`.
       data: the data folder, for pictures.
       image_root: what image paths are relative to, `data` by default.
-      examples: queries per subset; half of them wrong where there are as many.
+      count: queries to show per subset; half of them wrong where there are as many.
+      models: published models to compare with (`compare.models`).
 
     Returns:
       The path of the file.
@@ -70,24 +73,44 @@ def write_report(
     before = Path(untrained) if trained is not None and untrained is not None else None
     scores = runs["trained" if trained is not None else "untrained"]
     pictures = html.Pictures(image_root if image_root is not None else data)
+    chosen = compare.models(models)
 
     names = mmeb.in_order(list(scores["subsets"]))
     anchors = {name: f"subset-{k}" for k, name in enumerate(names)}
     parts = [
         _head(scores, runs),
         _averages(runs),
+        _radar(runs, scores, chosen),
         _training(train),
         _subsets(runs, anchors),
+        _published(scores, chosen),
         "<h2>Queries and their top targets</h2>",
-        f"<p>Up to {examples} queries of each subset, spread evenly through the file, half of "
-        "them wrong where there are as many. Targets stand in the order of the model's scores. "
-        "Green is the truth, red is what a wrong row took for it.</p>",
+        f"<p>Up to {count} queries of each subset, spread evenly through the file, half of them "
+        "wrong where there are as many, the wrong ones first. Targets stand in the order of the "
+        "model's scores. Green is the truth, red is what a wrong row took for it.</p>",
     ]
+    summaries = _complete(scores)["subsets"]
     for name in names:
-        parts.append(_examples(name, anchors[name], scores, shown, before, pictures, examples))
+        parts.append(
+            examples.section(name, anchors[name], summaries[name], shown, before, pictures, count)
+        )
     output = Path(output)
+    store.write_text(output.with_suffix(".md"), _markdown(runs, scores, chosen))
     store.write_text(output, html.page("Evaluation report", "\n".join(parts)))
     return output
+
+
+def _markdown(runs: Mapping[str, Scores], scores: Scores, chosen) -> str:
+    """The tables as markdown: the model that is shown, what it gained, and published models."""
+    parts = [tables.markdown(_complete(scores))]
+    if len(runs) > 1:
+        head, rows = _subset_rows(runs)
+        lines = ["## Before and after", "", "| " + " | ".join(head) + " |"]
+        lines.append("|" + "---|" * 3 + "---:|" * (len(head) - 3))
+        lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for _, row in rows]
+        parts.append("\n".join(lines) + "\n")
+    parts += [compare.markdown(scores, chosen), compare.note(scores)]
+    return "\n".join(part for part in parts if part).rstrip() + "\n"
 
 
 def _scores(folder: str | os.PathLike) -> Scores:
@@ -145,6 +168,50 @@ def _averages(runs: Mapping[str, Scores]) -> str:
     return f"<h2>Averages</h2>{html.chart(svg, 'bars of the average scores')}"
 
 
+def _radar(runs: Mapping[str, Scores], scores: Scores, chosen) -> str:
+    """All datasets at a glance, with two published models where they compare."""
+    names = mmeb.in_order(list(scores["subsets"]))
+    if len(names) < 3:
+        return ""
+    series: dict[str, list[float | None]] = {
+        label: [r["subsets"].get(n, {}).get("acc") for n in names] for label, r in runs.items()
+    }
+    if compare.comparable(scores) == names:
+        for entry in [p for p in chosen if all(n in p.scores for n in names)][:2]:
+            series[entry.model] = [entry.scores[n] / 100 for n in names]
+    svg = charts.radar(names, series)
+    return f"<h2>Datasets</h2>{html.chart(svg, 'radar of the scores of all datasets')}"
+
+
+def _published(scores: Scores, chosen) -> str:
+    """The table beside published models, higher and lower scores marked."""
+    rows = compare.lines(scores, chosen) if chosen else []
+    note = compare.note(scores)
+    if not rows:
+        return f"<h2>Published models</h2><p>{html.text(note)}</p>" if note else ""
+    head = ["dataset", "ours", *(p.model for p in chosen)]
+    cells, marks = [], []
+    for row in rows:
+        values = [compare.difference(row.ours, t) for t in row.theirs]
+        cells.append(("mean" if row.average else "", [row.name, f"{row.ours:.1f}", *values]))
+        marks.append(["", "", *(compare.mark(row.ours, t) for t in row.theirs)])
+    means = [row for row in rows if row.average]
+    chart = ""
+    if means:
+        series: dict[str, list[float | None]] = {"ours": [m.ours / 100 for m in means]}
+        with_all = [k for k in range(len(chosen)) if all(m.theirs[k] is not None for m in means)]
+        for k in with_all[:4]:
+            series[chosen[k].model] = [(m.theirs[k] or 0.0) / 100 for m in means]
+        svg = charts.bars([m.name.split(":")[0] for m in means], series)
+        chart = html.chart(svg, "bars of our averages beside published ones")
+    sources = "; ".join({p.source: None for p in chosen})
+    return (
+        "<h2>Published models</h2><p>Percent; in brackets how far ours is above (+) or below (-) "
+        f"the published score.</p>{chart}{html.table(head, cells, 1, marks)}"
+        f"<p>{html.text(note)}</p><p>Sources: {html.text(sources)}.</p>"
+    )
+
+
 def _training(train: str | os.PathLike | None) -> str:
     if train is None:
         return ""
@@ -180,6 +247,13 @@ def _number(value: Any) -> float:
 
 def _subsets(runs: Mapping[str, Scores], anchors: Mapping[str, str]) -> str:
     """The table of all subsets by meta-task, and an index of the examples below."""
+    head, rows = _subset_rows(runs)
+    index = "".join(f'<a href="#{a}">{html.text(n)}</a>' for n, a in anchors.items())
+    return f"<h2>Scores</h2>{html.table(head, rows, left=3)}<h3>Examples</h3><nav>{index}</nav>"
+
+
+def _subset_rows(runs: Mapping[str, Scores]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Titles and rows of the table of all subsets."""
     everything = {n: s for r in runs.values() for n, s in _complete(r)["subsets"].items()}
     labels = list(runs)
     both = len(labels) > 1
@@ -206,109 +280,7 @@ def _subsets(runs: Mapping[str, Scores], anchors: Mapping[str, str]) -> str:
         if any(v is not None for v in values):
             title = f"{tables.TITLES[name]}: mean of {behind[name]}"
             rows.append(("mean", line(title, "", "", values, "")))
-    index = "".join(f'<a href="#{a}">{html.text(n)}</a>' for n, a in anchors.items())
-    return f"<h2>Scores</h2>{html.table(head, rows, left=3)}<h3>Examples</h3><nav>{index}</nav>"
-
-
-# ----------------------------------------------------------------------------------- the examples
-
-
-def _predictions(folder: Path, subset: str) -> list[dict[str, Any]]:
-    try:
-        lines = store.predictions_path(folder, subset).read_text(
-            encoding="utf-8", errors="surrogatepass"
-        )
-        rows = [json.loads(line) for line in lines.split("\n") if line]
-    except (OSError, ValueError):
-        return []
-    needed = {"row", "correct", "query", "truth", "top", "rank"}
-    return rows if all(isinstance(r, dict) and needed <= set(r) for r in rows) else []
-
-
-def choose(correct: Sequence[bool], count: int) -> list[int]:
-    """Rows to show: half wrong ones, half right ones, each spread evenly; in order of the file.
-
-    Where there are too few of one kind the other fills up.
-    """
-    wrong = [n for n, c in enumerate(correct) if not c]
-    right = [n for n, c in enumerate(correct) if c]
-    few = min(len(wrong), max(count - count // 2, count - len(right)))
-    return sorted([*_spread(wrong, few), *_spread(right, count - few)])
-
-
-def _spread(rows: list[int], count: int) -> list[int]:
-    count = min(count, len(rows))
-    return [rows[(2 * k + 1) * len(rows) // (2 * count)] for k in range(count)]
-
-
-def _examples(
-    subset: str,
-    anchor: str,
-    main: Scores,
-    shown: Path,
-    before: Path | None,
-    pictures: html.Pictures,
-    count: int,
-) -> str:
-    score = _complete(main)["subsets"][subset]
-    about = [tables.TITLES[score["meta_task"]], tables.TITLES.get(score["split"] or "", "")]
-    head = (
-        f'<h3 id="{anchor}">{html.text(subset)} <span class="muted">'
-        f"{html.text(', '.join(a for a in about if a))} · {tables.percent(score['acc'])} %"
-        "</span></h3>"
-    )
-    rows = _predictions(shown, subset)
-    if not rows:
-        return f"{head}<p>There are no predictions of this subset to show.</p>"
-    earlier = {} if before is None else {r["row"]: r for r in _predictions(before, subset)}
-    cards = []
-    for n in choose([bool(r["correct"]) for r in rows], count):
-        row = rows[n]
-        then = earlier.get(row["row"])
-        if then is not None and then["query"] != row["query"]:
-            then = None
-        cards.append(_card(row, then, pictures))
-    return head + "".join(cards)
-
-
-def _card(row: dict[str, Any], then: dict[str, Any] | None, pictures: html.Pictures) -> str:
-    """One query with its targets."""
-    of = f" of {row['candidates']}" if "candidates" in row else ""
-    verdict = "✓ right" if row["correct"] else f"✗ wrong: truth at {row['rank']}{of}"
-    was = f'<div class="before">untrained: rank {int(then["rank"])}{of}</div>' if then else ""
-    predicted = row.get("predicted")
-    targets, has_truth = [], False
-    for place, target in enumerate(row["top"], 1):
-        value = {"text": target["text"], "image": target["image"]}
-        truth = bool(target.get("truth")) or value == row["truth"]
-        has_truth |= truth
-        taken = not row["correct"] and value == predicted
-        targets.append(_target(value, str(place), target.get("score"), truth, taken, pictures))
-    if not has_truth:
-        score = row.get("truth_score")
-        targets.append(_target(row["truth"], str(row["rank"]), score, True, False, pictures))
-    return (
-        f'<div class="query{"" if row["correct"] else " bad"}"><div>'
-        f'<div class="verdict">{html.text(verdict)}</div>{pictures.item(row["query"])}{was}</div>'
-        f'<div class="targets">{"".join(targets)}</div></div>'
-    )
-
-
-def _target(
-    value: dict[str, str],
-    place: str,
-    score: float | None,
-    truth: bool,
-    taken: bool,
-    pictures: html.Pictures,
-) -> str:
-    kind = "right" if truth else "wrong" if taken else ""
-    word = " ✓ truth" if truth else " ✗ taken" if taken else ""
-    number = f" · {score:.3f}" if isinstance(score, (int, float)) else ""
-    return (
-        f'<div class="target {kind}"><span class="tag">{html.text(place + word + number)}</span>'
-        f"{pictures.item(value)}</div>"
-    )
+    return head, rows
 
 
 # --------------------------------------------------------------------------------- the command
@@ -324,6 +296,9 @@ def define(values: flags.FlagValues) -> None:
         ("image_root", "what image paths in the data are relative to; --data by default"),
     ):
         flags.DEFINE_string(name, None, words, flag_values=values)
+    flags.DEFINE_multi_string(
+        "compare", None, "a published model to compare with; repeat it, or all", flag_values=values
+    )
     flags.DEFINE_string("output", None, "the HTML file", required=True, flag_values=values)
     flags.DEFINE_integer(
         "examples", EXAMPLES, "queries per subset", lower_bound=0, flag_values=values
@@ -339,7 +314,8 @@ def main(args: Any) -> None:
         train=args.train,
         data=args.data,
         image_root=args.image_root,
-        examples=args.examples,
+        count=args.examples,
+        models=args.compare,
     )
     print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
