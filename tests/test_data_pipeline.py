@@ -19,7 +19,7 @@ from PIL import Image
 
 from vlm2vec_jax.data.mixture import Mixture
 from vlm2vec_jax.data.mmeb import TrainSource, open_train
-from vlm2vec_jax.data.pipeline import batches, content_id
+from vlm2vec_jax.data.pipeline import batches
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.images import load_image
 from vlm2vec_jax.inputs import EncodedInput
@@ -36,7 +36,7 @@ def encode(item):
                         np.arange(len(tokens), dtype=np.int32), visual, len(pixels))  # fmt: skip
 
 
-def pack(queries, positives):
+def pack(queries, positives, negatives):
     """Something comparable that holds everything."""
     return [
         (q.tokens.tobytes(), q.visual["crops"].tobytes() if q.units else b"", p.tokens.tobytes())
@@ -120,11 +120,31 @@ def test_equal_targets_share_an_id(mixture):
     assert stats.target_id.dtype == np.int64
 
 
-def test_content_ids_tell_text_from_path():
-    keys = [("a", ""), ("", "a"), ("ab", "c"), ("a", "bc"), ("a\n", ""), ("a", "x")]
-    ids = [content_id(key) for key in keys]
-    assert len(set(ids)) == len(keys) and all(0 <= i < 2**63 for i in ids)
-    assert content_id(("a", "")) == ids[0]
+def test_hard_negatives_are_read_up_to_their_cap_and_never_made_up(tmp_path):
+    rows = train_rows("A", 4)
+    for row, texts in zip(rows, (["x", "y", "z"], [], ["", "w"], ["x"]), strict=True):
+        row |= {"neg_text": texts, "neg_image_path": [""] * len(texts)}
+    write_parquet(tmp_path / "A", "original", rows)
+    mix = Mixture([TrainSource(tmp_path, "A", cache_dir=tmp_path / "cache")], 0)
+
+    def seen(queries, positives, negatives):
+        return [[bytes(item.tokens.astype(np.uint8)) for item in row] for row in negatives]
+
+    for most in (0, 2):
+        with batches(mix, 4, encode=encode, pack=seen, negatives=most, workers=0) as stream:
+            _, found, stats = next(stream)
+        by_row = dict(zip(stats.rows[:, 1].tolist(), found, strict=True))
+        ids = dict(zip(stats.rows[:, 1].tolist(), stats.negative_ids, strict=True))
+        if not most:
+            assert not any(by_row.values())
+            continue
+        assert by_row == {0: [b"x", b"y"], 1: [], 2: [b"w"], 3: [b"x"]}
+        assert ids[0][0] == ids[3][0] != ids[0][1] and [len(ids[k]) for k in range(4)] == [
+            2,
+            0,
+            1,
+            1,
+        ]
 
 
 @pytest.fixture
@@ -248,7 +268,7 @@ print(next(stream)[0])
 def test_work_goes_on_while_the_batch_is_in_use(mixture):
     packed = []
 
-    def note(queries, positives):
+    def note(queries, positives, negatives):
         packed.append(time.monotonic())
         return None
 

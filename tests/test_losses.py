@@ -8,8 +8,10 @@ import pytest
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file
 
-from vlm2vec_jax.losses import contrastive_loss
+from vlm2vec_jax.losses import LossOptions, contrastive_loss
 from vlm2vec_jax.parallel.mesh import batch_spec, make_mesh
+
+MASKING = LossOptions(mask_duplicates=True)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_eight_shards_equal_one_device():
     t = (t / np.linalg.norm(t, axis=1, keepdims=True)).astype(np.float32)
     ids = rng.integers(0, 20, size=32).astype(np.int32)
     valid = rng.random(32) > 0.2
-    options = {"temperature": 0.05, "mask_duplicates": True}
+    options = {"temperature": 0.05, "options": MASKING}
 
     def step(q, t, ids, valid):
         return _value_and_grads(q, t, target_id=ids, valid=valid, **options)
@@ -120,7 +122,7 @@ def test_masks_that_mask_nothing_change_no_bit(golden):
         p,
         temperature=0.02,
         target_id=jnp.arange(8),
-        mask_duplicates=True,
+        options=MASKING,
         valid=jnp.ones(8, bool),
         query_valid=jnp.ones(8, bool),
     )[0]
@@ -132,9 +134,7 @@ def test_false_negatives_are_left_out(golden):
     t = golden["p"].copy()
     t[5] = t[2]
     ids = jnp.asarray([0, 1, 2, 3, 4, 2, 6, 7])
-    masked, metrics, _ = _value_and_grads(
-        q, t, temperature=0.05, target_id=ids, mask_duplicates=True
-    )
+    masked, metrics, _ = _value_and_grads(q, t, temperature=0.05, target_id=ids, options=MASKING)
     logits = (q.astype(np.float64) @ t.T.astype(np.float64)) / 0.05
     logits[2, 5] = logits[5, 2] = -np.inf
     expected = np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))
@@ -150,7 +150,7 @@ def test_rows_without_anything_give_zero_not_nan():
     for options in (
         {"query_valid": jnp.zeros(3, bool)},
         {"valid": jnp.zeros(3, bool)},
-        {"target_id": jnp.zeros(3, jnp.int32), "mask_duplicates": True},
+        {"target_id": jnp.zeros(3, jnp.int32), "options": MASKING},
     ):
         value, metrics, grads = _value_and_grads(q, q, temperature=0.02, **options)
         assert value == 0.0
@@ -184,4 +184,4 @@ def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="give `positive`"):
         contrastive_loss(jnp.ones((3, 3)), jnp.ones((2, 3)), temperature=1.0)
     with pytest.raises(ValueError, match="target_id"):
-        contrastive_loss(jnp.ones((2, 3)), jnp.ones((2, 3)), temperature=1.0, mask_duplicates=True)
+        contrastive_loss(jnp.ones((2, 3)), jnp.ones((2, 3)), temperature=1.0, options=MASKING)

@@ -18,14 +18,15 @@ from training_tools import (
     train_batch,
 )
 
-from vlm2vec_jax.losses.contrastive import contrastive_loss
+from vlm2vec_jax.losses import LossOptions, contrastive_loss
 from vlm2vec_jax.models.loading import add_adapter, fill, flatten, load_model
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.linear import Linear, refresh_dora_norms
 from vlm2vec_jax.parallel.mesh import make_mesh, row_shards
+from vlm2vec_jax.training.exchange import in_slots
 from vlm2vec_jax.training.optimizer import AdamW, make_schedule
 from vlm2vec_jax.training.state import Trainer
-from vlm2vec_jax.training.step import StepSpec, TrainBatch, in_slots, loss_and_grads
+from vlm2vec_jax.training.step import StepSpec, TrainBatch, loss_and_grads
 from vlm2vec_jax.weights.adapter_config import AdapterConfig, resolve
 
 SPEC = StepSpec(Compute("float32"), temperature=0.1)
@@ -188,7 +189,8 @@ def test_masked_duplicates(folder, processor, texts):
     batch = train_batch(processor, encoded, ids=ids)
     spec = dataclasses.replace(SPEC, cached=False)
     plain, _ = gradients(trainer, spec, batch)
-    masked, _ = gradients(trainer, dataclasses.replace(spec, mask_duplicates=True), batch)
+    masking = dataclasses.replace(spec, loss=LossOptions(mask_duplicates=True))
+    masked, _ = gradients(trainer, masking, batch)
 
     module = nnx.merge(trainer.graphdef, trainer.state.params, trainer.frozen)
     chunks = [jax.tree.map(lambda leaf: leaf[0], group.batch) for group in batch.groups]

@@ -194,12 +194,50 @@ class CheckpointConfig(_Group):
 class LossConfig(_Group):
     """Variations of the contrastive loss.
 
+    The defaults are the reference's loss; docs/losses.md says what each variation is good for.
+
     Attributes:
       mask_duplicate_targets: leave out of a query's negatives the targets that are the very same
-        input as its positive. The reference does not.
+        input (text and pixels) as its positive. The reference does not.
+      same_query: what the targets of other rows with the very same query are to a query:
+        "negative" as in the reference, "mask" to leave them out, "positive" for positives too.
+        The last two need mask_duplicate_targets.
+      margin: leave out negatives whose cosine exceeds the positive's by more than this; below 0
+        for never.
+      same_source: a query's negatives come from its own subset only.
+      symmetric: targets are held against queries as well; the loss is the mean of both.
+      negatives: most hard negatives per row that are read from `neg_text`/`neg_image_path` and
+        embedded; 0 leaves them alone.
+      private_negatives: a hard negative stands against the query of its row only, not all.
+      hardness: a negative's logit grows by this times its cosine, so that near ones weigh more;
+        0 for none (LLaVE uses 9).
+      matryoshka: widths of prefixes that shall be embeddings of their own, a comma list
+        ("256,512"); the full width is always among them.
+      learn_temperature: train the temperature; `temperature` is where it starts.
+      temperature_lr: its learning rate (of its logarithm), with the shape of `optim.schedule`.
+      temperature_min: it stays above this
+      temperature_max: and below this.
+      form: how the matrix of similarities is gone through: "dense" whole, "tiled" block by block,
+        "ring" with embeddings spread over the devices, "auto" by batch size and memory. It
+        changes no result.
+      tile: rows and columns of a block.
     """
 
     mask_duplicate_targets: bool = False
+    same_query: str = "negative"
+    margin: float = -1.0
+    same_source: bool = False
+    symmetric: bool = False
+    negatives: int = 0
+    private_negatives: bool = False
+    hardness: float = 0.0
+    matryoshka: str = ""
+    learn_temperature: bool = False
+    temperature_lr: float = 1e-2
+    temperature_min: float = 0.005
+    temperature_max: float = 0.5
+    form: str = "auto"
+    tile: int = 2048
 
 
 @dataclasses.dataclass
@@ -247,7 +285,7 @@ class Config:
     log_every: int = 10
 
 
-LISTS = ("data.subsets", "adapter.targets")
+LISTS = ("data.subsets", "adapter.targets", "loss.matryoshka")
 """Fields that hold a list of names, written as a comma list."""
 
 NOT_DECIDING = (
@@ -259,6 +297,8 @@ NOT_DECIDING = (
     "grad_cache",
     "attention",
     "remat",
+    "loss.form",
+    "loss.tile",
     "data.image_root",
     "data.follow_symlinks",
     "data.workers",
@@ -320,6 +360,19 @@ def processor_options(config: Config, known: Collection[str]) -> dict[str, Any]:
         for name, option in OPTIONS.items()
         if name in known or values[option.field] != defaults[option.field]
     }
+
+
+def prefix_widths(config: Config) -> tuple[int, ...]:
+    """The widths in `loss.matryoshka`, rising.
+
+    Raises:
+      UserError: if one is not a whole number above 0.
+    """
+    words = names(config.loss.matryoshka)
+    wrong = [word for word in words if not (word.isdecimal() and int(word) > 0)]
+    if wrong:
+        raise UserError(f"loss.matryoshka: {', '.join(map(repr, wrong))}: widths are whole numbers")
+    return tuple(sorted({int(word) for word in words}))
 
 
 def field_types() -> dict[str, type]:

@@ -23,6 +23,8 @@ CHOICES = {
     "grad_cache": ("auto", "on", "off"),
     "attention": ("auto", "xla", "cudnn", "splash"),
     "remat": ("none", "dots", "full"),
+    "loss.form": ("auto", "dense", "tiled", "ring"),
+    "loss.same_query": ("negative", "mask", "positive"),
 }
 """The words that a field may hold."""
 
@@ -46,9 +48,21 @@ _AT_LEAST = {
     "steps": 1,
     "seed": 0,
     "log_every": 1,
+    "loss.negatives": 0,
+    "loss.hardness": 0,
+    "loss.tile": 8,
 }
+FEW_PAIRS = 32
+"""Below this a batch has few negatives."""
 MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
-_ABOVE_ZERO = ("optim.lr", "optim.eps", "adapter.alpha", "temperature")
+_ABOVE_ZERO = (
+    "optim.lr",
+    "optim.eps",
+    "adapter.alpha",
+    "temperature",
+    "loss.temperature_lr",
+    "loss.temperature_min",
+)
 _SHARES = ("adapter.dropout", "optim.beta1", "optim.beta2")
 _FILLED = ("model.path", "data.path", "data.split", "output")
 
@@ -88,6 +102,16 @@ def remarks(config: config_lib.Config) -> list[str]:
         )
     if config.adapter.type == "none" and config.model.dtype == "bfloat16":
         found.append("every parameter is trained: float32 copies of all weights are kept")
+    if config.batch_size < FEW_PAIRS:
+        found.append(
+            f"batch_size ({config.batch_size}) is small: a query has only {config.batch_size - 1} "
+            f"in-batch negatives, and the loss soon has nothing to teach"
+        )
+    if config.data.sub_batch > 1 and not config.loss.mask_duplicate_targets:
+        found.append(
+            "data.sub_batch puts rows of one subset together, where targets repeat themselves: "
+            "consider loss.mask_duplicate_targets"
+        )
     return found
 
 
@@ -187,6 +211,7 @@ def _wrong_together(values: Mapping[str, Any]) -> list[str]:
             f"packing.row_tokens ({row}) is less than data.max_len ({values['data.max_len']}): "
             f"a full sequence would not fit in a row"
         )
+    problems += _wrong_loss(values)
     kind = get("adapter.type")
     if kind in ("lora", "dora") and not get("adapter.targets", "?"):
         problems.append(f"adapter.targets is empty, but adapter.type is {kind}")
@@ -195,4 +220,34 @@ def _wrong_together(values: Mapping[str, Any]) -> list[str]:
             "model.adapter is given, but adapter.type is none (every parameter): merge the "
             "adapter first (python -m vlm2vec_jax.export --format merged) and train from that"
         )
+    return problems
+
+
+def _wrong_loss(values: Mapping[str, Any]) -> list[str]:
+    """Problems of the loss; fields of a wrong type are absent from `values`."""
+    problems = []
+    get = values.get
+    if get("loss.same_query") in ("mask", "positive") and not get("loss.mask_duplicate_targets"):
+        problems.append(
+            f"loss.same_query is {get('loss.same_query')}, which needs "
+            f"loss.mask_duplicate_targets: else a target would be right and wrong at once"
+        )
+    if get("loss.private_negatives") and get("loss.negatives") == 0:
+        problems.append("loss.private_negatives is set, but loss.negatives is 0")
+    least, most = get("loss.temperature_min"), get("loss.temperature_max")
+    start = get("temperature")
+    if least is not None and most is not None and start is not None:
+        if get("loss.learn_temperature") and not least <= start <= most:
+            problems.append(
+                f"temperature ({start}) is not within loss.temperature_min ({least}) and "
+                f"loss.temperature_max ({most})"
+            )
+    widths = get("loss.matryoshka")
+    if widths:
+        try:
+            config_lib.prefix_widths(
+                config_lib.Config(loss=config_lib.LossConfig(matryoshka=widths))
+            )
+        except UserError as error:
+            problems.append(str(error))
     return problems

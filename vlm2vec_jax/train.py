@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from vlm2vec_jax import config_check
 from vlm2vec_jax.config import Config
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.flags import define_config, experiment, run
@@ -46,7 +47,7 @@ def train(config: Config) -> None:
     from vlm2vec_jax.training import report, setup
     from vlm2vec_jax.training.checkpoint import Checkpoints
     from vlm2vec_jax.training.metrics import MetricsWriter
-    from vlm2vec_jax.training.step import StepSpec
+    from vlm2vec_jax.training.watch import LossWatch
 
     # 1. Where: the mesh. A mesh smaller than the machine takes its first devices.
     shape = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -67,13 +68,8 @@ def train(config: Config) -> None:
     rows, plain = setup.choose_packing(config, data, processor, model, row_shards(mesh))
     packer = setup.packer(config, rows, plain, processor, row_shards(mesh))
     trainer = setup.trainer(config, model, mesh)
-    spec = StepSpec(
-        compute=setup.compute(config),
-        temperature=config.temperature,
-        mask_duplicates=config.loss.mask_duplicate_targets,
-        cached=packer.cached,
-        dropout=adapter is not None and config.adapter.dropout > 0,
-    )
+    spec = setup.step_spec(config, model, cached=packer.cached, shards=row_shards(mesh))
+    watch = LossWatch(config)
 
     with Checkpoints(
         output / "checkpoints", config.checkpoint.keep, config.checkpoint.every, report=report.warn
@@ -92,7 +88,7 @@ def train(config: Config) -> None:
             setup.batches(config, data, processor, packer, done) as batches,
             MetricsWriter(output, config.steps, done, log_every=config.log_every) as metrics,
         ):
-            for message in [*model.remarks, *data.remarks]:
+            for message in (*config_check.remarks(config), *model.remarks, *data.remarks):
                 metrics.message(message)
             waiting = None
             started = time.perf_counter()
@@ -100,11 +96,11 @@ def train(config: Config) -> None:
                 asked = time.perf_counter()
                 _, packed, stats = next(batches)
                 waited = time.perf_counter() - asked
-                batch = trainer.put(setup.train_batch(packed, stats))
+                batch = trainer.put(setup.train_batch(packed, stats, spec.loss))
                 trainer.state, values = step_fn(trainer.state, trainer.frozen, batch, key)
                 done += 1
                 if waiting is not None:
-                    started = _finish(metrics, *waiting, started, config)
+                    started = _finish(metrics, *waiting, started, config, watch)
                 for message in stats.skipped:
                     metrics.message(f"skipped: {message}")
                 extra = {
@@ -115,14 +111,17 @@ def train(config: Config) -> None:
                 }
                 waiting = (done, values, extra)
                 if done == config.steps or checkpoints.is_due(done):
-                    started = _finish(metrics, *waiting, started, config)
+                    started = _finish(metrics, *waiting, started, config, watch)
                     waiting = None
                     state = trainer.saved()
+                    if trainer.temperature is not None:
+                        record["temperature"] = trainer.temperature
+                        setup.write_records(output, config, record)
                     checkpoints.save(done, state, {**meta, "step": done}, force=True)
     print(f"trained {done} steps; the model is in {output}")
 
 
-def _finish(metrics, step: int, values, extra, started: float, config: Config) -> float:
+def _finish(metrics, step: int, values, extra, started: float, config: Config, watch) -> float:
     """Fetch and write a step's numbers; returns when that was."""
     import jax
 
@@ -130,6 +129,8 @@ def _finish(metrics, step: int, values, extra, started: float, config: Config) -
     now = time.perf_counter()
     extra = {**extra, "step_s": now - started, "pairs_per_s": config.batch_size / (now - started)}
     metrics.write(step, {**values, **extra})
+    for message in watch.look(step, values):
+        metrics.message(f"warning: {message}")
     if values["loss"] != values["loss"]:
         raise UserError(
             f"the loss of step {step} is not a number; the checkpoints before it are whole. "

@@ -9,7 +9,6 @@ in which order, never depends on the number of threads; a run resumes at a step 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +19,11 @@ import grain.experimental
 import numpy as np
 
 from vlm2vec_jax.data.mixture import Mixture
-from vlm2vec_jax.data.mmeb import Key, TrainRow
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.inputs import EncodedInput, MultimodalInput
+from vlm2vec_jax.inputs import EncodedInput, MultimodalInput, content_hash
 
 Encode = Callable[[MultimodalInput], EncodedInput]
-Pack = Callable[[list[EncodedInput], list[EncodedInput]], Any]
+Pack = Callable[[list[EncodedInput], list[EncodedInput], list[tuple[EncodedInput, ...]]], Any]
 
 # What a bad example raises (`images.py` turns whatever Pillow raises into a `UserError`).
 # Anything else is a fault of the program and ends the run as such.
@@ -40,13 +38,18 @@ class BatchStats(NamedTuple):
 
     Attributes:
       rows: int64 [B, 2], the rows really used: source of the mixture, row in its file.
-      target_id: int64 [B]; equal for positives of the same text and image path, in any batch.
+      target_id: int64 [B]; equal for positives of the same content (`inputs.content_hash`: text
+        and pixels), in any batch.
       skipped: a message for each bad row that was replaced.
+      query_id: int64 [B]; the same of queries.
+      negative_ids: per row, the same of its hard negatives.
     """
 
     rows: np.ndarray
     target_id: np.ndarray
     skipped: tuple[str, ...]
+    query_id: np.ndarray
+    negative_ids: tuple[tuple[int, ...], ...]
 
     @property
     def duplicate_targets(self) -> int:
@@ -58,19 +61,15 @@ class _Example(NamedTuple):
     query: EncodedInput | None
     positive: EncodedInput | None
     row: tuple[int, int]
-    target_id: int
     problems: tuple[str, ...]
+    negatives: tuple[EncodedInput, ...] = ()
+    query_id: int = 0
+    target_id: int = 0
+    negative_ids: tuple[int, ...] = ()
 
 
 class _Closed(Exception):
     """The iterator was closed while a batch was being made."""
-
-
-def content_id(key: Key) -> int:
-    """A number for a (text, image path) that is the same on every machine (63 bits)."""
-    text, path = (part.encode("utf-8", "surrogatepass") for part in key)
-    digest = hashlib.blake2b(len(text).to_bytes(8, "little") + text + path, digest_size=8)
-    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 class Batches(Iterator[tuple[int, Any, BatchStats]]):
@@ -127,6 +126,7 @@ def batches(
     workers: int = 4,
     on_bad_example: Literal["error", "skip"] = "error",
     prefetch: int = 2,
+    negatives: int = 0,
     process: int = 0,
     processes: int = 1,
 ) -> Batches:
@@ -137,12 +137,14 @@ def batches(
       batch_size: pairs in the global batch.
       start_step: the first batch wanted, counted from 0; any step costs the same to start at.
       encode: a processor's `encode`; called from several threads at once.
-      pack: called with the encoded queries and positives of a batch, in order, in one thread.
+      pack: called with the encoded queries, positives and hard negatives (per row, as many as it
+        has) of a batch, in order, in one thread.
       workers: decoding threads; 0 does everything in the caller's thread.
       on_bad_example: what to do about a row that cannot be read or encoded. "error" raises;
         "skip" puts the next good row of the same subset in its place, which is the same row
         however often and wherever the batch is made, and reports it in `BatchStats.skipped`.
       prefetch: batches made ahead of the one in use.
+      negatives: most hard negatives of a row that are read, its first ones.
       process: this process' number; it reads rows process, process + processes, ... of a batch.
       processes: how many processes share a global batch.
 
@@ -157,10 +159,11 @@ def batches(
         raise UserError(f"on_bad_example must be 'error' or 'skip', not {on_bad_example!r}")
     if batch_size < 1 or processes < 1 or batch_size % processes:
         raise UserError(f"a batch of {batch_size} pairs cannot be shared by {processes} processes")
-    if not 0 <= process < processes or start_step < 0 or workers < 0 or prefetch < 0:
+    numbers = (start_step, workers, prefetch, negatives)
+    if not 0 <= process < processes or min(numbers) < 0:
         raise UserError(
             f"impossible pipeline: process {process} of {processes}, start_step {start_step}, "
-            f"workers {workers}, prefetch {prefetch}"
+            f"workers {workers}, prefetch {prefetch}, negatives {negatives}"
         )
     stop = threading.Event()
     local = batch_size // processes
@@ -168,8 +171,8 @@ def batches(
 
     def load(flat: int) -> _Example:
         if stop.is_set():  # an empty example, not None: grain drops Nones and goes on to the next
-            return _Example(None, None, (0, 0), 0, ())
-        return _load(mixture, int(flat), encode, attempts)
+            return _Example(None, None, (0, 0), ())
+        return _load(mixture, int(flat), encode, attempts, negatives)
 
     def collate(examples: Sequence[_Example]) -> tuple[Any, BatchStats]:
         if stop.is_set():
@@ -180,11 +183,17 @@ def batches(
         raise_problems(
             "Bad training examples", lost, advice="--config.data.on_bad_example=skip skips them"
         )
-        packed = pack([e.query for e in examples], [e.positive for e in examples])  # type: ignore
+        packed = pack(
+            [e.query for e in examples],  # type: ignore
+            [e.positive for e in examples],  # type: ignore
+            [e.negatives for e in examples],
+        )
         return packed, BatchStats(
             rows=np.array([e.row for e in examples], np.int64),
             target_id=np.array([e.target_id for e in examples], np.int64),
             skipped=tuple(message for e in examples for message in e.problems),
+            query_id=np.array([e.query_id for e in examples], np.int64),
+            negative_ids=tuple(e.negative_ids for e in examples),
         )
 
     rows = mixture.stream[start_step * batch_size + process :: processes].map(load)
@@ -200,7 +209,7 @@ def batches(
     return Batches(dataset, start_step, stop)
 
 
-def _load(mixture: Mixture, flat: int, encode: Encode, attempts: int) -> _Example:
+def _load(mixture: Mixture, flat: int, encode: Encode, attempts: int, negatives: int) -> _Example:
     """Encode a row, or the next good one of its subset within `attempts` tries."""
     number, position = mixture.locate(flat).tolist()
     source = mixture.sources[number]
@@ -209,20 +218,32 @@ def _load(mixture: Mixture, flat: int, encode: Encode, attempts: int) -> _Exampl
         at = (position + attempt) % len(source)
         try:
             row = source[at]
-            query, positive = _encode_side(row, "query", encode), _encode_side(row, "pos", encode)
+            query = _encode(row.query, "query", encode)
+            positive = _encode(row.positive, "positive", encode)
+            hard = tuple(
+                _encode(item, f"negative {k}", encode)
+                for k, item in enumerate(row.negatives[:negatives])
+            )
         except BAD_EXAMPLE as error:
             where = source.at(int(source.rows[at]))
             reason = str(error).removeprefix(f"{where}: ") or type(error).__name__
             problems.append(f"{source.subset}: {where}: {reason}")
             continue
-        key = content_id(row.positive_key)
-        return _Example(query, positive, (number, row.index), key, tuple(problems))
-    return _Example(None, None, (number, int(source.rows[position])), 0, tuple(problems[:1]))
+        return _Example(
+            query,
+            positive,
+            (number, row.index),
+            tuple(problems),
+            hard,
+            content_hash(query),
+            content_hash(positive),
+            tuple(content_hash(item) for item in hard),
+        )
+    return _Example(None, None, (number, int(source.rows[position])), tuple(problems[:1]))
 
 
-def _encode_side(row: TrainRow, side: str, encode: Encode) -> EncodedInput:
-    item = row.query if side == "query" else row.positive
+def _encode(item: MultimodalInput, side: str, encode: Encode) -> EncodedInput:
     problem = item.problem()
     if problem:
-        raise UserError(f"{'query' if side == 'query' else 'positive'}: {problem}")
+        raise UserError(f"{side}: {problem}")
     return encode(item)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm2vec_jax.config import Config
 from vlm2vec_jax.inputs import VisualLayout
+from vlm2vec_jax.losses import LossOptions
 from vlm2vec_jax.models.base import Backbone
 from vlm2vec_jax.models.loading import (
     Model,
@@ -35,6 +36,7 @@ from vlm2vec_jax.training import setup
 from vlm2vec_jax.training.optimizer import AdamW
 from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import StepSpec, TrainBatch, TrainState
+from vlm2vec_jax.training.temperature import Temperature
 from vlm2vec_jax.weights.adapter_config import resolve
 
 
@@ -64,7 +66,10 @@ def abstract_trainer(config: Config, mesh: Mesh, folder: str | Path | None = Non
         shardings,
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return Trainer(graphdef, TrainState(step, params, opt), frozen, optimizer, mesh)
+    learned = None
+    if config.loss.learn_temperature:
+        learned = Temperature(*(jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),) * 3)
+    return Trainer(graphdef, TrainState(step, params, opt, learned), frozen, optimizer, mesh)
 
 
 def adapted(config: Config, backbone: Backbone, model: Model) -> Any:
@@ -125,13 +130,25 @@ def abstract_group(shape: ChunkShape, layout: VisualLayout, mesh: Mesh) -> Chunk
 
 
 def abstract_batch(
-    shapes: Sequence[ChunkShape], pairs: int, layout: VisualLayout, mesh: Mesh
+    shapes: Sequence[ChunkShape],
+    pairs: int,
+    layout: VisualLayout,
+    mesh: Mesh,
+    loss: LossOptions = LossOptions(),  # noqa: B008 (frozen)
 ) -> TrainBatch:
-    """A global batch of `pairs` pairs in groups of these shapes."""
+    """A global batch of `pairs` pairs in groups of these shapes, for a loss of these options."""
     whole = NamedSharding(mesh, PartitionSpec())
+    columns = pairs * (1 + loss.negatives)
+
+    def ids(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
     return TrainBatch(
         tuple(abstract_group(shape, layout, mesh) for shape in shapes),
-        jax.ShapeDtypeStruct((pairs,), jnp.int32, sharding=whole),
+        ids(columns),
+        known=ids(pairs, 1) if loss.same_query != "negative" else None,
+        source=ids(pairs) if loss.same_source else None,
+        valid=ids(columns, dtype=jnp.bool_) if loss.negatives else None,
     )
 
 

@@ -106,6 +106,7 @@ class BatchPacker:
         *,
         chunk_tokens: int | None,
         row_multiple: int = 1,
+        negatives: int = 0,
     ):
         """Set up.
 
@@ -114,12 +115,14 @@ class BatchPacker:
           layout: of the backbone's visual feature table.
           chunk_tokens: tokens of a chunk over all devices; None: each group is one chunk.
           row_multiple: what the rows of a chunk divide by (devices that share the rows).
+          negatives: places for hard negatives behind each positive.
         """
         self.rows = rows
         self.cached = chunk_tokens is not None
         self._layout = layout
         self.chunk_tokens = chunk_tokens or _EVERYTHING
         self._row_multiple = row_multiple
+        self.negatives = negatives
         self._shapes: dict[RowShape, ChunkShape] = {}
         self._lock = threading.Lock()
 
@@ -146,10 +149,23 @@ class BatchPacker:
         return planned, chunks
 
     def __call__(
-        self, queries: Sequence[EncodedInput], positives: Sequence[EncodedInput]
+        self,
+        queries: Sequence[EncodedInput],
+        positives: Sequence[EncodedInput],
+        negatives: Sequence[Sequence[EncodedInput]] = (),
     ) -> PackedStep:
-        """Pack a batch: queries take slots 0..B-1, positives B..2B-1."""
+        """Pack a batch of B pairs with k places for hard negatives each.
+
+        Queries take slots 0..B-1, positive i takes B + i (1 + k) and its negatives the slots
+        behind it; a place without one stays empty.
+        """
         encoded = [*queries, *positives]
+        pairs, each = len(queries), 1 + self.negatives
+        slots = [*range(pairs), *(pairs + i * each for i in range(pairs))]
+        for i, hard in enumerate(negatives):
+            hard = hard[: self.negatives]
+            encoded += hard
+            slots += (pairs + i * each + 1 + k for k in range(len(hard)))
         planned, chunks = self.arrange([(len(item), item.units) for item in encoded])
-        groups = tuple(fill_chunks(chunk, encoded, self._layout) for chunk in chunks)
+        groups = tuple(fill_chunks(c, encoded, self._layout, slots=slots) for c in chunks)
         return PackedStep(groups, planned.token_share, planned.unit_share)

@@ -19,7 +19,6 @@ from vlm2vec_jax.parallel.mesh import describe, row_shards
 from vlm2vec_jax.training import aot, setup
 from vlm2vec_jax.training.assumed import Mix
 from vlm2vec_jax.training.batching import BatchPacker, Size, choose_rows
-from vlm2vec_jax.training.step import StepSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +110,8 @@ def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None
     packed = shapes(config, model, sizes, row_shards(mesh))
     layout = model.backbone.visual_layout(model.config)
     trainer = aot.abstract_trainer(config, mesh, model.folder)
-    batch = aot.abstract_batch(packed.chunks, config.batch_size, layout, mesh)
-    spec = StepSpec(
-        compute=setup.compute(config),
-        temperature=config.temperature,
-        mask_duplicates=config.loss.mask_duplicate_targets,
-        cached=packed.cached,
-        dropout=config.adapter.type != "none" and config.adapter.dropout > 0,
-    )
+    spec = setup.step_spec(config, model, cached=packed.cached, shards=row_shards(mesh), memory=hbm)
+    batch = aot.abstract_batch(packed.chunks, config.batch_size, layout, mesh, spec.loss)
     trained, frozen = trainer.sizes()
     report = {
         "mesh": describe(mesh),

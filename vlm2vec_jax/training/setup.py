@@ -20,6 +20,7 @@ from vlm2vec_jax.data.mixture import Mixture
 from vlm2vec_jax.data.pipeline import Batches, BatchStats
 from vlm2vec_jax.data.pipeline import batches as read_batches
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.losses import LossOptions, choose_form
 from vlm2vec_jax.models.base import Backbone, Processor
 from vlm2vec_jax.models.folders import ModelSource, local_folder
 from vlm2vec_jax.models.loading import Model, add_adapter, flatten, load_model, open_processor
@@ -28,9 +29,11 @@ from vlm2vec_jax.record import NAME, identity, make_record, read_record, write_j
 from vlm2vec_jax.training.batching import BatchPacker, PackedStep, RowSizes, Size, choose_rows
 from vlm2vec_jax.training.checkpoint import Checkpoints
 from vlm2vec_jax.training.fingerprint import explain_difference
+from vlm2vec_jax.training.identities import identities
 from vlm2vec_jax.training.optimizer import AdamW, make_schedule
 from vlm2vec_jax.training.state import Trainer
-from vlm2vec_jax.training.step import TrainBatch
+from vlm2vec_jax.training.step import StepSpec, TrainBatch
+from vlm2vec_jax.training.temperature import TemperatureRule
 from vlm2vec_jax.weights.adapter_config import AdapterConfig, peft_config, resolve
 from vlm2vec_jax.weights.adapters import Adapter, load_adapter
 
@@ -220,25 +223,27 @@ def choose_packing(
     config: Config, data: Data, processor: Processor, model: Model, shards: int
 ) -> tuple[RowSizes, bool]:
     """Row lengths, and whether a whole batch fits in one chunk, from a sample of the data."""
-    sizes = sample_sizes(data, processor)
+    sizes = sample_sizes(data, processor, config.loss.negatives)
     rows = choose_rows(
         sizes,
         longest=model.backbone.max_tokens(model.config),
         row_tokens=config.packing.row_tokens,
     )
-    tokens = 2 * config.batch_size * float(np.mean([t for t, _ in sizes]))
+    inputs = (2 + config.loss.negatives) * config.batch_size
+    tokens = inputs * float(np.mean([t for t, _ in sizes]))
     fits = tokens <= 0.9 * chunk_tokens(config) * shards
     return rows, config.grad_cache == "off" or (config.grad_cache == "auto" and fits)
 
 
-def sample_sizes(data: Data, processor: Processor) -> list[Size]:
-    """Sizes of both sides of the first batches; rows that cannot be read do not count here."""
+def sample_sizes(data: Data, processor: Processor, negatives: int = 0) -> list[Size]:
+    """Sizes of all inputs of the first batches; rows that cannot be read do not count here."""
     sizes = []
     for step in range(_SAMPLED_BATCHES):
         for source, position in data.mixture.batch_indices(step, data.batch_size).tolist():
             try:
                 example = data.mixture.sources[source][position]
-                sizes += [processor.length(example.query), processor.length(example.positive)]
+                inputs = [example.query, example.positive, *example.negatives[:negatives]]
+                sizes += [processor.length(item) for item in inputs]
             except (UserError, OSError):
                 continue
             if len(sizes) >= 2 * _SAMPLED_PAIRS:
@@ -263,7 +268,73 @@ def packer(
         processor.visual_layout,
         chunk_tokens=None if plain else chunk_tokens(config) * shards,
         row_multiple=shards,
+        negatives=config.loss.negatives,
     )
+
+
+def step_spec(
+    config: Config, model: Model, *, cached: bool, shards: int, memory: int | None = None
+) -> StepSpec:
+    """The static choices of the train step.
+
+    Args:
+      config: checked.
+      model: loaded or abstract.
+      cached: GradCache.
+      shards: devices that share the rows of a batch.
+      memory: bytes of a device; by default what the first device says.
+
+    Raises:
+      UserError: if `loss.matryoshka` asks for more than an embedding has.
+    """
+    wanted = config.loss
+    width = model.backbone.width(model.config)
+    widths = config_lib.prefix_widths(config)
+    if widths and widths[-1] > width:
+        raise UserError(f"loss.matryoshka: {widths[-1]} is wider than an embedding ({width})")
+    form = wanted.form
+    if form == "auto":
+        columns = config.batch_size * (1 + wanted.negatives)
+        memory = memory or device_memory()
+        form = choose_form(config.batch_size, columns, width, shards, memory)
+    rule = None
+    if wanted.learn_temperature:
+        rule = TemperatureRule(
+            # A multiple of the model's rate, so that it has the shape of the run's schedule.
+            wanted.temperature_lr / config.optim.lr,
+            wanted.temperature_min,
+            wanted.temperature_max,
+        )
+    options = LossOptions(
+        form=form,  # type: ignore[arg-type]
+        tile=wanted.tile,
+        symmetric=wanted.symmetric,
+        mask_duplicates=wanted.mask_duplicate_targets,
+        same_query=wanted.same_query,  # type: ignore[arg-type]
+        margin=wanted.margin if wanted.margin >= 0 else None,
+        same_source=wanted.same_source,
+        private_negatives=wanted.private_negatives,
+        hardness=wanted.hardness,
+        widths=widths,
+        negatives=wanted.negatives,
+    )
+    return StepSpec(
+        compute=compute(config),
+        temperature=config.temperature,
+        loss=options,
+        warmth=rule,
+        cached=cached,
+        dropout=config.adapter.type != "none" and config.adapter.dropout > 0,
+    )
+
+
+def device_memory() -> int:
+    """Bytes of the first device; where it does not say, this machine's memory shared out."""
+    devices = jax.local_devices()
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(limit)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
 def compute(config: Config) -> Compute:
@@ -286,7 +357,13 @@ def optimizer(config: Config) -> AdamW:
 
 def trainer(config: Config, model: Model, mesh: Mesh) -> Trainer:
     """State and optimizer, before the first step."""
-    return Trainer.create(model, optimizer(config), mesh, full=config.adapter.type == "none")
+    return Trainer.create(
+        model,
+        optimizer(config),
+        mesh,
+        full=config.adapter.type == "none",
+        temperature=config.temperature if config.loss.learn_temperature else None,
+    )
 
 
 def run_identity(config: Config, data: Data) -> dict[str, Any]:
@@ -340,10 +417,24 @@ def batches(
         pack=packer,
         workers=config.data.workers or min(16, os.cpu_count() or 1),
         on_bad_example=config.data.on_bad_example,  # type: ignore[arg-type]
+        negatives=config.loss.negatives,
     )
 
 
-def train_batch(packed: PackedStep, stats: BatchStats) -> TrainBatch:
-    """What the step takes; content hashes become small numbers, as jax has no 64-bit ones."""
-    ids = np.unique(stats.target_id, return_inverse=True)[1].reshape(-1).astype(np.int32)
-    return TrainBatch(packed.groups, ids)
+def train_batch(packed: PackedStep, stats: BatchStats, options: LossOptions) -> TrainBatch:
+    """What the step takes."""
+    same_query = options.same_query != "negative"
+    ids = identities(
+        stats.target_id,
+        stats.query_id,
+        stats.negative_ids,
+        negatives=options.negatives,
+        same_query=same_query,
+    )
+    return TrainBatch(
+        packed.groups,
+        ids.target_id,
+        known=ids.known if same_query else None,
+        source=stats.rows[:, 0].astype(np.int32) if options.same_source else None,
+        valid=ids.valid if options.negatives else None,
+    )

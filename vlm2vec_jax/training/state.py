@@ -16,6 +16,7 @@ from vlm2vec_jax.models.loading import Model, fill, flatten, split_trainable
 from vlm2vec_jax.parallel.mesh import batch_spec
 from vlm2vec_jax.training.optimizer import AdamW
 from vlm2vec_jax.training.step import StepSpec, TrainBatch, TrainState, train_step
+from vlm2vec_jax.training.temperature import Temperature
 
 
 @dataclasses.dataclass
@@ -37,13 +38,32 @@ class Trainer:
     mesh: Mesh
 
     @classmethod
-    def create(cls, model: Model, optimizer: AdamW, mesh: Mesh, *, full: bool) -> Trainer:
-        """Split a loaded (and adapted) model; the optimizer's moments lie as their parameters."""
+    def create(
+        cls,
+        model: Model,
+        optimizer: AdamW,
+        mesh: Mesh,
+        *,
+        full: bool,
+        temperature: float | None = None,
+    ) -> Trainer:
+        """Split a loaded (and adapted) model; the optimizer's moments lie as their parameters.
+
+        Args:
+          model: loaded.
+          optimizer: AdamW with its schedule.
+          mesh: where it lives.
+          full: train every parameter, not adapters alone.
+          temperature: where a learned one starts; None if it is not learned.
+        """
         graphdef, params, frozen = split_trainable(model, full=full)
         whole = NamedSharding(mesh, PartitionSpec())
         placed = optimizer.state_shardings(jax.tree.map(lambda p: p.sharding, params), whole)
         opt = jax.jit(optimizer.init, out_shardings=placed)(params)
-        state = TrainState(jax.device_put(jnp.int32(0), whole), params, opt)
+        learned = None if temperature is None else Temperature.start(temperature)
+        state = TrainState(
+            jax.device_put(jnp.int32(0), whole), params, opt, jax.device_put(learned, whole)
+        )
         return cls(graphdef, state, frozen, optimizer, mesh)
 
     def compile_step(self, spec: StepSpec) -> Callable[[TrainState, Any, TrainBatch, Any], Any]:
@@ -59,7 +79,7 @@ class Trainer:
         """Send a host batch to the mesh: rows over `data` and `fsdp`, the rest whole.
 
         Where several processes take part each gives its own rows of every chunk
-        (`packing.fill_chunks` with `part`), and all give the same `target_id`.
+        (`packing.fill_chunks` with `part`), and all give the same ids.
         """
         rows = NamedSharding(self.mesh, batch_spec(1))
         whole = NamedSharding(self.mesh, PartitionSpec())
@@ -74,12 +94,15 @@ class Trainer:
             )
             for group in batch.groups
         )
-        return TrainBatch(groups, jax.device_put(batch.target_id, whole))
+        known, source, valid = jax.device_put((batch.known, batch.source, batch.valid), whole)
+        return TrainBatch(groups, jax.device_put(batch.target_id, whole), known, source, valid)
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint holds, leaves by path, so that parts can be read without the rest."""
         opt = self.state.opt
+        learned = self.state.temperature
         return {
+            **({} if learned is None else {"temperature": learned._asdict()}),
             "step": {"step": self.state.step},
             "params": flatten(self.state.params),
             "opt": {"count": opt.count, "mu": flatten(opt.mu), "nu": flatten(opt.nu)},
@@ -96,7 +119,14 @@ class Trainer:
                 mu=fill(opt.mu, saved["opt"]["mu"]),
                 nu=fill(opt.nu, saved["opt"]["nu"]),
             ),
+            None if self.state.temperature is None else Temperature(**saved["temperature"]),
         )
+
+    @property
+    def temperature(self) -> float | None:
+        """The learned temperature as it is now; None where it is not learned."""
+        learned = self.state.temperature
+        return None if learned is None else float(learned.value)
 
     def sizes(self) -> tuple[int, int]:
         """Numbers trained and frozen."""
