@@ -35,7 +35,7 @@ data.max_examples_per_subset data.num_crops data.max_len data.on_bad_example bat
 temperature output optim.lr optim.warmup_steps optim.schedule optim.weight_decay optim.clip_norm
 mesh.data mesh.fsdp mesh.tensor grad_cache checkpoint.every checkpoint.keep""".split()
 
-PINNED = "a16877c31a20691517fbc39f3b68795e5f56d920372ff7ce9b122733cab95a47"
+PINNED = "fab939e6553281dc617344ffb87c3e2de50eed072ef84365e7f4d30bbeea1c6f"
 
 GOLDEN_CONFIGS = ["mini", "mmeb", "mmeb:lora", "mmeb:full"]
 

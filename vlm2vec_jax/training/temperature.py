@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Temperature(NamedTuple):
@@ -31,8 +32,8 @@ class Temperature(NamedTuple):
     @classmethod
     def start(cls, value: float) -> Temperature:
         """A temperature that has not been trained."""
-        zero = jnp.float32(0.0)
-        return cls(jnp.log(jnp.float32(value)), zero, zero)
+        # Numbers of the host, so that each becomes a buffer of its own: a step donates them.
+        return cls(np.log(np.float32(value)), np.float32(0.0), np.float32(0.0))
 
     @property
     def value(self) -> jax.Array:
