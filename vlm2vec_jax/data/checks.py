@@ -95,13 +95,17 @@ class ImageFolder:
         except OSError:
             return {}, None
 
+    def mark(self, path: str, kind: str, message: str) -> None:
+        """Remember that an image is bad."""
+        self._known[path] = (kind, message)
+
     def check_headers(self, paths: Sequence[str], workers: int) -> None:
         """Open the files that are there, without decoding them, and remember the broken ones."""
         there = [path for path in paths if self.fault(path) is None]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for path, reason in zip(there, pool.map(self._header, there), strict=True):
                 if reason:
-                    self._known[path] = (UNREADABLE, reason)
+                    self.mark(path, UNREADABLE, reason)
 
     def _header(self, path: str) -> str | None:
         try:

@@ -139,16 +139,6 @@ class TrainSource(Source):
         super().__init__(data, subset, split, image_root, limit, cache_dir, follow_symlinks)
         self._check_types(TRAIN_COLUMNS, ())
 
-    def select(self, rows: np.ndarray) -> TrainSource:
-        """The same subset restricted to increasing rows of the file."""
-        rows = np.asarray(rows, np.int64)
-        if rows.size and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= len(self.table)):
-            raise ValueError("rows must be increasing and within the table")
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.rows = rows
-        return other
-
     def __getitem__(self, i: int) -> TrainRow:
         row = int(self.rows[i])
         return self._build(row, self.table.row(row))
@@ -159,7 +149,12 @@ class TrainSource(Source):
         values = self.table.take(rows)
         return [self._build(int(r), v) for r, v in zip(rows, values, strict=True)]
 
-    def _build(self, row: int, values: dict) -> TrainRow:
+    def keys(self, row: int, values: dict) -> tuple[Key, Key, list[Key]]:
+        """Query, positive and negatives of a stored row as keys.
+
+        Raises:
+          UserError: for negative lists of unequal lengths.
+        """
         query = (as_text(values["qry"]), as_text(values["qry_image_path"]))
         positive = (as_text(values["pos_text"]), as_text(values["pos_image_path"]))
         texts, paths = (as_texts(values.get(name)) for name in NEGATIVE_COLUMNS)
@@ -169,16 +164,19 @@ class TrainSource(Source):
             raise UserError(
                 f"{self.at(row)}: {len(texts)} negative texts but {len(paths)} negative images"
             )
-        keys = [key for key in zip(texts, paths, strict=True) if any(key)]
+        return query, positive, [key for key in zip(texts, paths, strict=True) if any(key)]
+
+    def _build(self, row: int, values: dict) -> TrainRow:
+        query, positive, negatives = self.keys(row, values)
         try:
             return TrainRow(
                 query=self.input(query),
                 positive=self.input(positive),
-                negatives=tuple(self.input(key) for key in keys),
+                negatives=tuple(self.input(key) for key in negatives),
                 subset=self.subset,
                 index=row,
                 positive_key=positive,
-                negative_keys=tuple(keys),
+                negative_keys=tuple(negatives),
             )
         except UserError as error:
             raise UserError(f"{self.at(row)}: {error}") from None
@@ -244,8 +242,8 @@ class EvalSource(Source):
             if bad.size:
                 self[int(np.searchsorted(self.rows, rows[bad[0]]))]  # raises, in words
             query_text, query_path, text, path = (batch.column(name) for name in EVAL_COLUMNS)
-            query_of.append(_number_keys(query_text, query_path, queries))
-            target_of.append(_number_keys(text.flatten(), path.flatten(), targets))
+            query_of.append(number_keys(query_text, query_path, queries))
+            target_of.append(number_keys(text.flatten(), path.flatten(), targets))
             counts.append(lengths[0])
         none = [np.zeros(0, np.int64)]
         return EvalIndex(
@@ -262,7 +260,7 @@ def list_lengths(lists: pa.Array) -> np.ndarray:
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
 
 
-def _number_keys(texts: pa.Array, paths: pa.Array, known: dict[Key, int]) -> np.ndarray:
+def number_keys(texts: pa.Array, paths: pa.Array, known: dict[Key, int]) -> np.ndarray:
     """Number (text, path) pairs in order of first appearance, adding new ones to `known`."""
     coded = [pc.fill_null(column, "").dictionary_encode() for column in (texts, paths)]
     codes = [column.indices.to_numpy().astype(np.int64) for column in coded]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -120,6 +120,16 @@ class Source:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.subset!r}, {self.split!r}, {len(self)} rows)"
+
+    def select(self, rows: np.ndarray) -> Self:
+        """The same subset restricted to increasing rows of the file."""
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= len(self.table)):
+            raise ValueError("rows must be increasing and within the table")
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.rows = rows
+        return other
 
     def where(self, row: int) -> tuple[str, int]:
         """The parquet file of a row of the subset, and its row in that file."""
