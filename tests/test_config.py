@@ -108,6 +108,9 @@ def test_empty_paths_are_all_named():
         ("packing.row_tokens", 128, "packing.row_tokens (128) is less than data.max_len (256)"),
         ("grad_cache", "always", "grad_cache must be one of auto, on, off"),
         ("remat", "some", "remat must be one of none, dots, full"),
+        ("tracking.wandb", "yes", "tracking.wandb must be one of off, offline, online"),
+        ("eval.every", 10, "eval.path is empty, but eval.every asks for evaluations"),
+        ("profile", "5", "profile '5': give START:STOP"),
         ("attention", "flash", "attention must be one of auto, xla, cudnn, splash"),
     ],
 )

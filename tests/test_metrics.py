@@ -3,8 +3,6 @@
 
 import io
 import json
-import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ def _text(console):
 
 
 def test_a_line_per_step(tmp_path):
-    with MetricsWriter(tmp_path, 2, console=_console(), tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, 2, console=_console()) as writer:
         writer.write(1, {"loss": jnp.float32(0.5), "lr": np.float64(1e-5), "tokens": np.int64(7)})
         writer.write(2, {"loss": 0.25, "subset": "A", "note": None})
     lines = (tmp_path / FILE).read_text().splitlines()
@@ -38,7 +36,7 @@ def test_a_line_per_step(tmp_path):
 
 def test_non_finite_values_are_null_and_told(tmp_path):
     console = _console()
-    with MetricsWriter(tmp_path, 5, console=console, tensorboard=False, log_every=5) as writer:
+    with MetricsWriter(tmp_path, 5, console=console, log_every=5) as writer:
         writer.write(2, {"loss": jnp.nan, "grad_norm": np.float32(np.inf), "lr": 0.1})
     line = (tmp_path / FILE).read_text()
     assert json.loads(line) == {
@@ -54,12 +52,12 @@ def test_non_finite_values_are_null_and_told(tmp_path):
 
 def test_resume_leaves_each_step_once(tmp_path):
     path = tmp_path / FILE
-    with MetricsWriter(tmp_path, 6, console=_console(), tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, 6, console=_console()) as writer:
         for step in range(1, 5):
             writer.write(step, {"loss": float(step)})
     with path.open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
-    with MetricsWriter(tmp_path, 6, 3, console=_console(), tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, 6, 3, console=_console()) as writer:
         assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
         for step in range(4, 7):
             writer.write(step, {"loss": -float(step)})
@@ -71,7 +69,7 @@ def test_resume_leaves_each_step_once(tmp_path):
 
 def test_a_fresh_start_empties_the_file(tmp_path):
     (tmp_path / FILE).write_text('{"step": 1}\n{"step": 2}\n')
-    MetricsWriter(tmp_path, 2, console=_console(), tensorboard=False).close()
+    MetricsWriter(tmp_path, 2, console=_console()).close()
     assert (tmp_path / FILE).read_text() == ""
 
 
@@ -96,7 +94,7 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     now = iter(range(0, 1000, 2))
     monkeypatch.setattr(metrics.time, "monotonic", lambda: float(next(now)))
     console = _console()
-    writer = MetricsWriter(tmp_path, 25, console=console, tensorboard=False, log_every=10)
+    writer = MetricsWriter(tmp_path, 25, console=console, log_every=10)
     values = {"loss": 1.5, "lr": 2e-5, "grad_norm": 3.25, "accuracy": 0.5}
     values |= {"pairs_per_s": 12.34, "real_tokens": 0.87, "data_wait_s": 0.125}
     for step in range(1, 26):
@@ -114,7 +112,7 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
 
 def test_live_line_on_a_terminal(tmp_path):
     console = _console(terminal=True)
-    with MetricsWriter(tmp_path, 3, 1, console=console, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, 3, 1, console=console) as writer:
         writer.write(2, {"loss": 0.125})
         writer.message("saved [step 2]")
         writer.write(3, {"loss": 0.0625})
@@ -137,50 +135,22 @@ def test_unwritable_output_is_told_in_words(tmp_path):
         read_metrics(tmp_path / "none")
 
 
-class _Board:
-    made: list = []
+def test_nested_numbers(tmp_path):
+    class Kept:
+        def __init__(self):
+            self.seen, self.closed = [], False
 
-    def __init__(self, folder, purge_step):
-        self.folder, self.purge_step, self.points, self.closed = folder, purge_step, [], False
-        _Board.made.append(self)
+        def write(self, step, values):
+            self.seen.append((step, dict(values)))
 
-    def add_scalar(self, *point):
-        self.points.append(point)
+        def close(self):
+            self.closed = True
 
-    def close(self):
-        self.closed = True
-
-
-def test_tensorboardx_gets_the_numbers(tmp_path, monkeypatch):
-    module = types.ModuleType("tensorboardX")
-    module.SummaryWriter = _Board
-    module.__spec__ = types.SimpleNamespace(name="tensorboardX")
-    monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    with MetricsWriter(tmp_path, 9, 4, console=_console()) as writer:
-        writer.write(5, {"loss": 0.5, "lr": float("nan"), "subset": "A"})
-    board = _Board.made[-1]
-    assert board.points == [("loss", 0.5, 5)] and board.closed
-    assert board.purge_step == 5 and board.folder == str(tmp_path / "tensorboard")
-
-
-def test_tensorboard_alone_is_enough(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    find = metrics.importlib.util.find_spec
-    monkeypatch.setattr(
-        metrics.importlib.util, "find_spec", lambda n: None if n == "tensorboardX" else find(n)
-    )
-    for resume, steps in ((0, (1, 2, 3)), (1, (2,))):
-        with MetricsWriter(tmp_path, 3, resume, console=_console()) as writer:
-            for step in steps:
-                writer.write(step, {"loss": step + resume / 2})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.5)]
-
-
-def test_without_tensorboard_nothing_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    with MetricsWriter(tmp_path, 1, console=_console()) as writer:
-        writer.write(1, {"loss": 1.0})
-    assert not (tmp_path / "tensorboard").exists()
+    kept, console = Kept(), _console()
+    with MetricsWriter(tmp_path, 2, console=console, trackers=[kept]) as writer:
+        writer.write(1, {"loss": 1, "subset_loss": {"A": jnp.float32(0.5), "B": np.nan}, "x": "y"})
+    line = json.loads((tmp_path / FILE).read_text())
+    assert line["subset_loss"] == {"A": 0.5, "B": None}
+    assert line["non_finite"] == ["subset_loss/B"]
+    assert kept.seen == [(1, {"loss": 1.0, "subset_loss/A": 0.5})] and kept.closed
+    assert "subset_loss/B is nan" in _text(console)

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -241,6 +242,40 @@ class LossConfig(_Group):
 
 
 @dataclasses.dataclass
+class TrackingConfig(_Group):
+    """Where the numbers of a run go besides `metrics.jsonl`.
+
+    Attributes:
+      tensorboard: write TensorBoard events, if it is installed.
+      wandb: Weights & Biases: "off", "offline" (into the output, to be sent later) or "online".
+      project: Weights & Biases' project.
+    """
+
+    tensorboard: bool = True
+    wandb: str = "off"
+    project: str = "vlm2vec_jax"
+
+
+@dataclasses.dataclass
+class EvalConfig(_Group):
+    """A small evaluation during training.
+
+    Attributes:
+      every: steps between two; 0 for none. The last step is evaluated, too.
+      path: folder in MMEB-eval's layout, of held-out rows.
+      subsets: which ones, a comma list; empty for every folder found.
+      image_root: what image paths are relative to; empty for `path`.
+      max_queries: the first so many queries of each subset; 0 for all.
+    """
+
+    every: int = 0
+    path: str = ""
+    subsets: str = ""
+    image_root: str = ""
+    max_queries: int = 100
+
+
+@dataclasses.dataclass
 class Config:
     """One experiment. The defaults are the recipe of the VLM2Vec paper for Phi-3.5-Vision.
 
@@ -253,6 +288,8 @@ class Config:
       packing: shapes on the device.
       checkpoint: when the state is saved.
       loss: variations of the loss.
+      tracking: where the numbers go.
+      eval: a small evaluation during training; the best model so far is kept in `output/best`.
       batch_size: pairs in a step, over all devices and processes.
       steps: updates in all; the schedule ends there.
       seed: decides the data order, the fresh adapter and dropout.
@@ -264,6 +301,7 @@ class Config:
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps
         matrix products, "full" recomputes the layer.
       log_every: steps between two lines on the console; metrics.jsonl has every step.
+      profile: "START:STOP" traces these steps into `output/profile`; empty for none.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -274,6 +312,8 @@ class Config:
     packing: PackingConfig = dataclasses.field(default_factory=PackingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     batch_size: int = 1024
     steps: int = 2000
     seed: int = 0
@@ -283,14 +323,18 @@ class Config:
     attention: str = "auto"
     remat: str = "full"
     log_every: int = 10
+    profile: str = ""
 
 
-LISTS = ("data.subsets", "adapter.targets", "loss.matryoshka")
+LISTS = ("data.subsets", "adapter.targets", "loss.matryoshka", "eval.subsets")
 """Fields that hold a list of names, written as a comma list."""
 
 NOT_DECIDING = (
     "output",
     "log_every",
+    "profile",
+    "tracking",
+    "eval",
     "checkpoint",
     "mesh",
     "packing",
@@ -336,6 +380,20 @@ def names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
         raise UserError(f"expected a comma list of names, not {value!r}")
     return tuple(v.strip() for v in value if v.strip())
+
+
+def read_range(text: str) -> tuple[int, int] | None:
+    """`START:STOP` as (first step, last step), counted from 1, both included; None for "".
+
+    Raises:
+      UserError: if it is something else, or no step.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"profile {text!r}: give START:STOP in steps from 1, such as 10:12")
+    return int(found[1]), int(found[2])
 
 
 def subset_names(config: Config) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ CHOICES = {
     "remat": ("none", "dots", "full"),
     "loss.form": ("auto", "dense", "tiled", "ring"),
     "loss.same_query": ("negative", "mask", "positive"),
+    "tracking.wandb": ("off", "offline", "online"),
 }
 """The words that a field may hold."""
 
@@ -51,6 +52,8 @@ _AT_LEAST = {
     "loss.negatives": 0,
     "loss.hardness": 0,
     "loss.tile": 8,
+    "eval.every": 0,
+    "eval.max_queries": 0,
 }
 FEW_PAIRS = 32
 """Below this a batch has few negatives."""
@@ -212,6 +215,12 @@ def _wrong_together(values: Mapping[str, Any]) -> list[str]:
             f"a full sequence would not fit in a row"
         )
     problems += _wrong_loss(values)
+    try:
+        config_lib.read_range(get("profile", ""))
+    except UserError as error:
+        problems.append(str(error))
+    if get("eval.every", 0) > 0 and not get("eval.path", "?").strip():
+        problems.append("eval.path is empty, but eval.every asks for evaluations")
     kind = get("adapter.type")
     if kind in ("lora", "dora") and not get("adapter.targets", "?"):
         problems.append(f"adapter.targets is empty, but adapter.type is {kind}")

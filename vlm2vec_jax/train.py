@@ -86,7 +86,13 @@ def train(config: Config) -> None:
         with (
             jax.set_mesh(mesh),
             setup.batches(config, data, processor, packer, done) as batches,
-            MetricsWriter(output, config.steps, done, log_every=config.log_every) as metrics,
+            MetricsWriter(
+                output,
+                config.steps,
+                done,
+                log_every=config.log_every,
+                trackers=setup.trackers(config, output, done),
+            ) as metrics,
         ):
             for message in (*config_check.remarks(config), *model.remarks, *data.remarks):
                 metrics.message(message)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it goes: `metrics.jsonl`, the console, and TensorBoard when installed.
+"""What a run says while it goes: `metrics.jsonl`, the console, and trackers (`trackers.py`).
 
 `metrics.jsonl` has one json object per step, `step` counted from 1, each step once, also after
 interruptions. No value in it is NaN or infinite (json knows neither): such a value is null and
@@ -9,12 +9,11 @@ its name stands in the list `non_finite`.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.training.trackers import Tracker
 
 FILE = "metrics.jsonl"
 
@@ -35,6 +35,7 @@ _SHOWN = (
     ("pairs_per_s", "", "{:.1f}", " pairs/s"),
     ("real_tokens", "real tokens ", "{:.0%}", ""),
     ("data_wait_s", "data wait ", "{:.2f}", " s"),
+    ("mfu", "MFU ", "{:.1%}", ""),
 )
 
 
@@ -42,13 +43,13 @@ class MetricsWriter:
     """Writes the metrics of one run; a context manager.
 
     Args:
-      output: the run's folder, made if missing; `metrics.jsonl` and `tensorboard/` go into it.
+      output: the run's folder, made if missing; `metrics.jsonl` goes into it.
       total_steps: of the whole run, for the progress and the time left.
       resume_step: updates already made. Lines of later steps (from before an interruption) are
         cut off; with 0 the file starts anew.
       log_every: without a terminal, a plain line each so many steps (and for the first and last).
       console: a rich console; standard error by default. On a terminal it shows one live line.
-      tensorboard: also write TensorBoard events if `tensorboardX` or `tensorboard` is installed.
+      trackers: receive the numbers as well; closed with this.
       is_main: False on all but the first process of a run: then nothing is written or shown.
 
     Raises:
@@ -63,7 +64,7 @@ class MetricsWriter:
         *,
         log_every: int = 10,
         console: Console | None = None,
-        tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
         is_main: bool = True,
     ):
         self.total_steps = total_steps
@@ -71,7 +72,8 @@ class MetricsWriter:
         self.log_every = max(1, log_every)
         self._is_main = is_main
         self._started = time.monotonic()
-        self._file = self._progress = self._task = self._board = None
+        self._file = self._progress = self._task = None
+        self._trackers = list(trackers) if is_main else []
         if not is_main:
             return
         self._console = console or Console(stderr=True)
@@ -83,7 +85,6 @@ class MetricsWriter:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}") from error
-        self._board = open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"),
@@ -109,9 +110,10 @@ class MetricsWriter:
 
         Args:
           step: from 1, rising.
-          values: name -> number (Python, numpy or a jax scalar), string, or None. Known to the
-            console: loss, lr, grad_norm, accuracy (0..1), pairs_per_s, real_tokens (share, 0..1),
-            data_wait_s.
+          values: name -> number (Python, numpy or a jax scalar), string, None, or a dict of such
+            (`subset_loss`), which trackers see as `subset_loss/NAME`. Known to the console: loss,
+            lr, grad_norm, accuracy (0..1), pairs_per_s, real_tokens (share, 0..1), data_wait_s,
+            mfu (0..1).
 
         Raises:
           UserError: if the disk does not take the line.
@@ -119,20 +121,19 @@ class MetricsWriter:
         if self._file is None:
             return
         plain = {name: _plain(value) for name, value in values.items()}
-        strange = [name for name, value in plain.items() if not _is_finite(value)]
-        safe = {name: None if name in strange else value for name, value in plain.items()}
+        strange = [name for name, value in flat(plain).items() if not _is_finite(value)]
+        safe = {name: _finite(value) for name, value in plain.items()}
         line = {"step": step, **safe} | ({"non_finite": strange} if strange else {})
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._file.name}: {error}") from error
-        if self._board is not None:
-            for name, value in safe.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, float(value), step)
+        numbers = {n: float(v) for n, v in flat(safe).items() if isinstance(v, (int, float))}
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
         if strange:
-            told = ", ".join(f"{name} is {plain[name]}" for name in strange)
+            told = ", ".join(f"{name} is {flat(plain)[name]}" for name in strange)
             self.message(f"warning: step {step}: {told}")
         self._show(step, plain)
 
@@ -145,13 +146,14 @@ class MetricsWriter:
         """Flush and close everything; harmless when called twice."""
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._file is not None:
             # A line that a full disk did not take was reported when it was written.
             with contextlib.suppress(OSError):
                 self._file.close()
-        self._file = self._progress = self._board = None
+        self._file = self._progress = None
+        self._trackers = []
 
     def _show(self, step: int, values: Mapping[str, Any]) -> None:
         words = "  ".join(
@@ -218,51 +220,32 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return found
 
 
-def open_tensorboard(folder: Path, resume_step: int) -> Any | None:
-    """Something with `add_scalar(tag, value, step)` and `close()`; None without TensorBoard.
-
-    Events of steps after `resume_step` that an earlier process wrote are purged by the viewer.
-    """
-    purge = resume_step + 1 if resume_step else None
-    if importlib.util.find_spec("tensorboardX"):
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter(str(folder), purge_step=purge)
-    if importlib.util.find_spec("tensorboard"):
-        return _EventFile(folder, purge)
-    return None
-
-
-class _EventFile:
-    """TensorBoard's own event writer, which needs neither TensorFlow nor torch."""
-
-    def __init__(self, folder: Path, purge_step: int | None):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary = event_pb2, summary_pb2
-        self._writer = EventFileWriter(str(folder))
-        if purge_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(step=purge_step, session_log=start)
-
-    def _add(self, **fields: Any) -> None:
-        self._writer.add_event(self._event.Event(wall_time=time.time(), **fields))
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        point = self._summary.Summary.Value(tag=tag, simple_value=value)
-        self._add(step=step, summary=self._summary.Summary(value=[point]))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 def _plain(value: Any) -> Any:
     """A Python number of a numpy or jax scalar; other values as they are."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
     return np.asarray(value).item()
 
 
 def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for what json cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return value if _is_finite(value) else None
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values by names joined with slashes."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": v for inner, v in flat(value).items()}
+        else:
+            found[name] = value
+    return found

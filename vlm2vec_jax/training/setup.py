@@ -34,6 +34,7 @@ from vlm2vec_jax.training.optimizer import AdamW, make_schedule
 from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import StepSpec, TrainBatch
 from vlm2vec_jax.training.temperature import TemperatureRule
+from vlm2vec_jax.training.trackers import Tracker, open_trackers
 from vlm2vec_jax.weights.adapter_config import AdapterConfig, peft_config, resolve
 from vlm2vec_jax.weights.adapters import Adapter, load_adapter
 
@@ -397,6 +398,19 @@ def resume(config: Config, checkpoints: Checkpoints, trainer: Trainer, data: Dat
     step, state, _ = found
     trainer.restore(state)
     return step
+
+
+def trackers(config: Config, output: Path, done: int) -> list[Tracker]:
+    """TensorBoard and Weights & Biases, as far as wanted; for the first process only."""
+    wanted = config.tracking
+    return open_trackers(
+        output,
+        done,
+        tensorboard=wanted.tensorboard,
+        wandb=wanted.wandb,
+        project=wanted.project,
+        config=config_lib.to_dict(config),
+    )
 
 
 def write_records(output: Path, config: Config, record: dict[str, Any]) -> None:
