@@ -21,7 +21,7 @@ NAME = PACKAGE.name
 ENTRY_POINTS = {"train", "evaluate", "embed", "export", "compile"}
 MAINS = ENTRY_POINTS | {"flags", "data.mini_mmeb", "models.phi3v.mini", "evaluation.report"}
 MAINS |= {"data.prepare", "data.verify"}
-MAINS |= {f"evaluation.{name}" for name in ("merge", "flickr", "inputs", "leaderboard")}
+MAINS |= {f"evaluation.{name}" for name in ("command", "merge", "flickr", "inputs", "leaderboard")}
 """Modules that may read flags and the environment: the entry points and small generators."""
 
 HOST_FILES = {

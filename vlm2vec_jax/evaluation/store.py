@@ -172,7 +172,11 @@ def _umask() -> int:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
-    data = text.encode("utf-8", "surrogatepass")
+    write_bytes(path, text.encode("utf-8", "surrogatepass"))
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file of these bytes atomically."""
 
     def write(file: BinaryIO) -> None:
         file.write(data)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that the evaluation's commands share: which system embeds, which processes take part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.flags import define_processor_options, processor_options
+
+DTYPES = ("bfloat16", "float32")
+FORMATS = ("messages", "input", "cohere")
+ENCODERS = ("model", "vectors", "encoder", "endpoint")
+
+
+def define_encoder(values: flags.FlagValues) -> None:
+    """Add the flags that choose an encoder; exactly one of `ENCODERS` must be given."""
+
+    def text(name: str, words: str, default: str | None = None) -> None:
+        flags.DEFINE_string(name, default, words, flag_values=values)
+
+    def number(name: str, words: str, default: int | None = None, least: int = 1) -> None:
+        flags.DEFINE_integer(name, default, words, lower_bound=least, flag_values=values)
+
+    text("model", "a model: an HF folder, a training output folder, or a hub id")
+    text("adapter", "a PEFT adapter folder on top of it")
+    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "type of the computation", flag_values=values)
+    define_processor_options(values)
+    number("batch_tokens", "tokens embedded at a time; chosen for the device by default")
+    number("devices", "devices of this process to use; all accelerators by default, one CPU")
+
+    text("vectors", "instead of --model: a file of saved vectors")
+    text("vector_ids", "whose vectors they are, where the file does not say it")
+    text("encoder", "instead of --model: module:function, or an object with encode(inputs)")
+    text("name", "what to call vectors or a callable in the results")
+    text("endpoint", "instead of --model: the URL of an embedding server")
+    text("endpoint_model", "the model's name at the server")
+    flags.DEFINE_enum(
+        "endpoint_format", "messages", FORMATS, "how inputs are sent", flag_values=values
+    )
+    text("endpoint_input_type", "of /v2/embed", default="search_document")
+    text("api_key_env", "name of the environment variable that holds the server's key")
+    number("dimensions", "ask the server for vectors of so many dimensions")
+    number("endpoint_batch", "inputs of a request, where the format takes several", 16)
+    number("endpoint_workers", "requests at a time", 8)
+    number("endpoint_timeout", "seconds to wait for an answer", 120)
+    number("endpoint_retries", "how often a request is repeated", 5, least=0)
+    flags.mark_flags_as_mutual_exclusive(ENCODERS, required=True, flag_values=values)
+
+
+def define_processes(values: flags.FlagValues) -> None:
+    """Add the flags by which several processes find each other."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, where several processes share the work",
+        flag_values=values,
+    )
+    for name, words, least in (
+        ("num_processes", "how many processes share it", 1),
+        ("process_id", "number of this one, from 0", 0),
+    ):
+        flags.DEFINE_integer(name, None, words, lower_bound=least, flag_values=values)
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "several processes, as the surroundings say (TPU pod, SLURM ...)",
+        flag_values=values,
+    )
+
+
+def join_processes(args: Any):
+    """Meet the other processes, where there are some."""
+    from vlm2vec_jax.evaluation.hosts import Hosts, Processes
+
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if not args.distributed and all(value is None for value in given):
+        return Hosts()
+    from vlm2vec_jax.parallel.mesh import initialize_distributed
+
+    initialize_distributed(*given)
+    return Processes()
+
+
+def make_encoder(args: Any, say: Any) -> tuple[Any, dict[str, Any]]:
+    """What turns inputs into vectors, and the options of its `encode`."""
+    if args.vectors:
+        from vlm2vec_jax.evaluation.encoders import SavedVectors
+
+        root = args.image_root or args.data
+        return SavedVectors(args.vectors, root, ids=args.vector_ids, name=args.name), {}
+    if args.encoder:
+        from vlm2vec_jax.evaluation.encoders import Callback
+
+        return Callback.load(args.encoder, args.name), {}
+    if args.endpoint:
+        return make_endpoint(args, say), {}
+    return make_embedder(args, say)
+
+
+def make_endpoint(args: Any, say: Any):
+    """The server behind the flags."""
+    import os
+
+    from vlm2vec_jax.evaluation.endpoint import Endpoint
+
+    if not args.endpoint_model:
+        raise UserError("--endpoint needs --endpoint_model, the model's name at the server")
+    key = None
+    if args.api_key_env:
+        key = os.environ.get(args.api_key_env)
+        if not key:
+            raise UserError(f"--api_key_env: there is no environment variable {args.api_key_env}")
+    return Endpoint(
+        args.endpoint,
+        args.endpoint_model,
+        form=args.endpoint_format,
+        api_key=key,
+        dimensions=args.dimensions,
+        batch_size=args.endpoint_batch,
+        workers=args.endpoint_workers,
+        timeout_s=args.endpoint_timeout,
+        retries=args.endpoint_retries,
+        input_type=args.endpoint_input_type,
+        say=say,
+    )
+
+
+def make_embedder(args: Any, say: Any) -> tuple[Any, dict[str, Any]]:
+    """Our own model on this process's devices."""
+    from vlm2vec_jax.embedder import Embedder
+
+    loading: dict[str, Any] = {}
+    devices = _devices(args.devices)
+    if len(devices) > 1:
+        loading["devices"] = devices
+    encoder = Embedder.from_pretrained(
+        args.model,
+        adapter=args.adapter,
+        dtype=args.dtype,
+        **processor_options(args),
+        **loading,
+    )
+    for remark in getattr(encoder, "remarks", ()):
+        say(remark)
+    options: dict[str, Any] = {"progress": True}
+    if args.batch_tokens:
+        options["batch_tokens"] = args.batch_tokens
+    return encoder, options
+
+
+def _devices(count: int | None) -> list[Any]:
+    import jax
+
+    local = jax.local_devices()
+    if count is None:
+        return local[:1] if local[0].platform == "cpu" else local
+    if count > len(local):
+        raise UserError(f"--devices {count}: this process has {len(local)}")
+    return local[:count]
