@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_files import write_parquet
 from evaluation_data import captions, labels, write_subset
+from full_disk import small_disk
 from PIL import Image
 from small_models import picture, quick_compiler, train_row, write_model, write_train
 
@@ -459,17 +460,8 @@ def test_a_picture_too_narrow_to_scale_is_refused_in_words(base, tmp_path, capsy
 @pytest.fixture
 def little_disk(tmp_path):
     """A file system of 256 kB."""
-    folder = tmp_path / "little"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True)
-    except OSError:
-        pytest.skip("no command `mount`")
-    if done.returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "little", 256) as folder:
+        yield folder
 
 
 def fill_disk(folder: Path, leave: int = 0) -> None:

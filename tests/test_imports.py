@@ -37,7 +37,7 @@ HOST_FILES = {
 QWEN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 FAMILIES = {"qwen_vl": QWEN, "shared": {"phi3v", "llava_next", "qwen_vl", *QWEN}}
 """A folder of shared parts -> the folders that may import it; it imports none of them."""
-DEVICE_SIDE = {"embedding.loading"}
+DEVICE_SIDE = {"embedding.loading", "embedding.merging"}
 """What in the otherwise host-side room `embedding` loads models."""
 TOKENIZER = "models.tokenizer"
 MAKES_TOKENIZER = {"models.phi3v.mini", "models.phi3v.mini_tokenizer"}

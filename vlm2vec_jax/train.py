@@ -62,7 +62,7 @@ def train(config: Config) -> None:
 
     # 3. What: the model, its adapter, its processor.
     model, processor, adapter = setup.load(config, mesh)
-    record = setup.record_of(config, model, processor, adapter)
+    record = setup.record_of(config, model, processor, adapter, data)
 
     # 4. How: packed shapes, optimizer, state.
     rows, plain = setup.choose_packing(config, data, processor, model, row_shards(mesh))

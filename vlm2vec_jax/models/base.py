@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from vlm2vec_jax.inputs import EncodedInput, MultimodalInput, VisualLayout
 from vlm2vec_jax.weights.rules import Table
+from vlm2vec_jax.weights.sentence_transformers import SentenceTransformers
 
 
 class Processor(Protocol):
@@ -67,8 +68,8 @@ class Backbone:
       visual_layout: configuration -> layout of a row's arrays.
       reference_options: the options that VLM2Vec's own checkpoints of this family were trained
         with, taken where such a checkpoint is recognised.
-      sentence_transformers: whether sentence-transformers can load this family through
-        transformers, so that an export gets the files for it.
+      sentence_transformers: how an export for sentence-transformers looks, where that library can
+        load this family through transformers; else the reason why it cannot, in words.
     """
 
     name: str
@@ -87,7 +88,9 @@ class Backbone:
     image_size: Callable[[Any, Mapping[str, Any], int, int], tuple[int, int]]
     visual_layout: Callable[[Any], VisualLayout]
     reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sentence_transformers: bool = False
+    sentence_transformers: SentenceTransformers | str = (
+        "nobody has tried yet whether sentence-transformers can load this family"
+    )
 
     def is_unused(self, path: str) -> bool:
         """Whether a leaf cannot influence an embedding."""

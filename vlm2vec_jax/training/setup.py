@@ -31,6 +31,7 @@ from vlm2vec_jax.training.checkpoint import Checkpoints
 from vlm2vec_jax.training.fingerprint import explain_difference
 from vlm2vec_jax.training.identities import identities
 from vlm2vec_jax.training.optimizer import AdamW, make_schedule
+from vlm2vec_jax.training.prompts import prompts_of
 from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import StepSpec, TrainBatch
 from vlm2vec_jax.training.temperature import TemperatureRule
@@ -205,9 +206,13 @@ def new_adapter(config: Config, backbone: Backbone) -> AdapterConfig:
 
 
 def record_of(
-    config: Config, model: Model, processor: Processor, adapter: AdapterConfig | None
+    config: Config,
+    model: Model,
+    processor: Processor,
+    adapter: AdapterConfig | None,
+    data: Data | None = None,
 ) -> dict[str, Any]:
-    """`vlm2vec.json` of this run."""
+    """`vlm2vec.json` of this run; `data` for the prompts in it."""
     return {
         **make_record(
             backbone=model.backbone.name,
@@ -216,6 +221,7 @@ def record_of(
             temperature=config.temperature,
             adapter=None if adapter is None else peft_config(adapter, table=model.table),
         ),
+        "prompts": {} if data is None else prompts_of(data.mixture.sources),
         "run": config_lib.fingerprint(config)[:16],
     }
 

@@ -85,8 +85,8 @@ def load_adapter(
       folder: with `adapter_config.json` and `adapter_model.safetensors`.
       table: the backbone's name table.
       base: path -> leaf of the base model, at least for the kernels of the adapted layers and the
-        leaves of modules that were trained whole. Only shapes are used, unless a DoRA adapter
-        leaves out layers of a stack.
+        leaves of modules that were trained whole. Shapes are enough, except to use a DoRA adapter
+        that leaves out layers of a stack.
       config: what `read_config(folder)` gave, if it was read before.
 
     Raises:
@@ -154,8 +154,10 @@ def _leaves(
         f"{path}/lora_b": np.zeros((*stack, rank, fan_out), np.float32),
     }
     if dora:
-        magnitude: Any = np.empty((*stack, fan_out), np.float32)
-        for layer in (layer for layer, rank in enumerate(linear.ranks) if not rank):
+        magnitude: Any = np.ones((*stack, fan_out), np.float32)
+        left_out = [layer for layer, rank in enumerate(linear.ranks) if not rank]
+        # There are none to read where only shapes are given.
+        for layer in left_out if hasattr(kernel, "__getitem__") else ():
             plain = np.asarray(kernel[layer]).astype(np.float32)
             magnitude[layer] = np.sqrt(np.sum(plain * plain, axis=0))
         out[f"{path}/magnitude"] = magnitude

@@ -8,10 +8,11 @@ An existing one is replaced only by force, and is whole until the new one is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from vlm2vec_jax.weights.safetensors import DEFAULT_SHARD_BYTES, Checkpoint, wri
 RECORD = "vlm2vec.json"
 """What users of a model must know about it; written by every export."""
 
-_COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py"}
-_COPIED_NAMES = {"LICENSE", "NOTICE"}
+_COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm"}
+_COPIED_STEMS = {"LICENSE", "LICENCE", "NOTICE"}
 _COPIED_FOLDERS = {"additional_chat_templates"}
+Extra = Sequence[Callable[[Path], Any]]
 # Files of a training run, of an adapter, or about weights that are not copied.
 _LEFT = {RECORD, CONFIG, "trainer_state.json", "all_results.json", "train_results.json"}
 
@@ -44,6 +46,7 @@ def export_hf(
     dtype: Any = None,
     shard_bytes: float = DEFAULT_SHARD_BYTES,
     from_source: Collection[str] = (),
+    extra: Extra = (),
     force: bool = False,
 ) -> Path:
     """Write a full model under its original names, with the files of the model it began as.
@@ -56,9 +59,10 @@ def export_hf(
         element type follows `dtype`), tokenizer, processor, code and licence files are copied.
       output: the folder to write.
       record: contents of `vlm2vec.json`.
-      dtype: element type of all weights; None keeps that of each leaf.
+      dtype: element type of all weights; None is what each tensor has in `source`.
       shard_bytes: a new shard begins at this size.
       from_source: leaves that were not loaded, and whose tensors are copied from `source`.
+      extra: functions that put further files into the folder before it takes its name.
       force: replace an existing model folder.
 
     Returns:
@@ -72,7 +76,8 @@ def export_hf(
     adapted = sorted(path for path in flat if is_adapter_leaf(path))
     if adapted:
         raise ValueError(f"unmerged adapter leaves: {', '.join(adapted[:5])}; use export_merged")
-    return _export(flat, table, source, output, record, dtype, shard_bytes, from_source, {}, force)
+    job = _Job(flat, table, Path(source), dtype, shard_bytes, from_source, {})
+    return _export(job, output, record, extra, force)
 
 
 def export_merged(
@@ -86,6 +91,7 @@ def export_merged(
     dtype: Any = None,
     shard_bytes: float = DEFAULT_SHARD_BYTES,
     from_source: Collection[str] = (),
+    extra: Extra = (),
     force: bool = False,
 ) -> Path:
     """Write a full model with its adapter folded in, merged in float32 and rounded once.
@@ -97,8 +103,7 @@ def export_merged(
       source: HF folder of the base model.
       output: the folder to write.
       record: contents of `vlm2vec.json`.
-      dtype: element type; None keeps that of each leaf (of merged kernels, the base kernel's).
-      shard_bytes, from_source, force: as `export_hf`.
+      dtype, shard_bytes, from_source, extra, force: as `export_hf`.
 
     Raises:
       UserError, ValueError: as `export_hf`.
@@ -108,9 +113,8 @@ def export_merged(
     lost = sorted(path for path in scaling if f"{path}/kernel" in from_source)
     if lost:
         raise ValueError(f"adapted kernels must be given, not copied: {', '.join(lost[:5])}")
-    return _export(
-        flat, table, source, output, record, dtype, shard_bytes, from_source, scaling, force
-    )
+    job = _Job(flat, table, Path(source), dtype, shard_bytes, from_source, scaling)
+    return _export(job, output, record, extra, force)
 
 
 def export_peft(
@@ -125,6 +129,7 @@ def export_peft(
     saved: Mapping[str, np.ndarray] | None = None,
     dtypes: Mapping[str, Any] | None = None,
     layout: str = DEFAULT_LAYOUT,
+    extra: Extra = (),
     force: bool = False,
 ) -> Path:
     """Write an adapter folder as PEFT does: `adapter_config.json` and safetensors.
@@ -140,6 +145,7 @@ def export_peft(
       saved, dtypes: as `adapters.adapter_tensors`.
       layout: transformers generation whose module names PEFT will meet. An adapter with another
         generation's names is loaded by PEFT without effect.
+      extra: as `export_hf`.
       force: replace an existing folder.
 
     Raises:
@@ -154,6 +160,8 @@ def export_peft(
         write(folder, tensors, stem="adapter_model", shard_bytes=float("inf"))
         _write_json(folder / CONFIG, peft_config(config, base=base, table=table, layout=layout))
         _write_json(folder / RECORD, record)
+        for put in extra:
+            put(folder)
     return Path(output)
 
 
@@ -212,94 +220,108 @@ def _swap(folder: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What goes into a full model; see `export_hf` and `export_merged`."""
+
+    flat: Mapping[str, Any]
+    table: Table
+    source: Path
+    dtype: Any
+    shard_bytes: float
+    from_source: Collection[str]
+    scaling: Mapping[str, Any]
+
+
 def _export(
-    flat: Mapping[str, Any],
-    table: Table,
-    source: str | Path,
-    output: str | Path,
-    record: Mapping[str, Any],
-    dtype: Any,
-    shard_bytes: float,
-    from_source: Collection[str],
-    scaling: Mapping[str, Any],
-    force: bool,
+    job: _Job, output: str | Path, record: Mapping[str, Any], extra: Extra, force: bool
 ) -> Path:
-    source, output = Path(source), Path(output)
+    source, output = job.source, Path(output)
     if not (source / "config.json").is_file():
         raise UserError(f"{source} has no config.json: the base model's folder is needed")
     if output.absolute() == source.absolute() or output.absolute() in source.absolute().parents:
         raise UserError(f"{output} holds the base model {source}: export to another folder")
-    _check_flat(flat, table, from_source, scaling)
-    with staged(output, force=force) as folder, contextlib.ExitStack() as stack:
-        checkpoint = None
-        absent: set[str] = set()
-        if from_source or table.optional:
-            checkpoint = stack.enter_context(Checkpoint(source))
-            absent = set(table.optional) - set(table.canonical_names(checkpoint.names))
-        tensors = _tensors(flat, table, dtype, scaling, checkpoint, absent)
-        write(folder, tensors, shard_bytes=shard_bytes)
+    _check_flat(job)
+    written: set[str] = set()
+    with Checkpoint(source) as checkpoint, staged(output, force=force) as folder:
+        write(folder, _tensors(job, checkpoint, written), shard_bytes=job.shard_bytes)
         _copy_files(source, folder)
-        _record_dtype(source, folder, _common_dtype(flat) if dtype is None else np.dtype(dtype))
+        _record_dtype(source, folder, written)
         _write_json(folder / RECORD, record)
+        for put in extra:
+            put(folder)
     return output
 
 
-def _check_flat(
-    flat: Mapping[str, Any],
-    table: Table,
-    from_source: Collection[str],
-    scaling: Mapping[str, Any],
-) -> None:
-    strange = [p for p in flat if p not in table.by_leaf and not is_adapter_leaf(p)]
-    adapters = {p.rpartition("/")[0] for p in flat if is_adapter_leaf(p)}
-    strange += sorted(adapters - set(scaling))
+def _check_flat(job: _Job) -> None:
+    table, known = job.table, job.table.by_leaf
+    strange = [p for p in job.flat if p not in known and not is_adapter_leaf(p)]
+    adapters = {p.rpartition("/")[0] for p in job.flat if is_adapter_leaf(p)}
+    strange += sorted(adapters - set(job.scaling))
     if strange:
         raise ValueError(f"leaves that the name table does not know: {', '.join(strange[:5])}")
-    missing = [p for p in table.by_leaf if p not in flat and p not in from_source]
-    missing += [f"{p}/lora_a" for p in scaling if p not in adapters]
+    missing = [p for p in table.by_leaf if p not in job.flat and p not in job.from_source]
+    missing += [f"{p}/lora_a" for p in job.scaling if p not in adapters]
     if missing:
         raise ValueError(f"leaves missing from the model: {', '.join(missing[:5])}")
 
 
 def _tensors(
-    flat: Mapping[str, Any],
-    table: Table,
-    dtype: Any,
-    scaling: Mapping[str, Any],
-    checkpoint: Checkpoint | None,
-    absent: Collection[str],
+    job: _Job, checkpoint: Checkpoint, written: set[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """HF names and arrays; leaves come to the host (and are merged) one at a time."""
-    names = {} if checkpoint is None else table.canonical_names(checkpoint.names)
+    """HF names and arrays; leaves come to the host (and are merged) one at a time.
+
+    Copies and buffers are written where the source has them, so that what came comes out again.
+
+    Args:
+      job: what to write.
+      checkpoint: of the source.
+      written: receives the element types of the weights.
+    """
+    table, flat = job.table, job.flat
+    names = table.canonical_names(checkpoint.names)
+    copies: dict[str, list[str]] = {}
+    for copy, original in table.copies.items():
+        if copy in names:
+            copies.setdefault(original, []).append(copy)
+
+    def cast(name: str, part: np.ndarray) -> np.ndarray:
+        kind = job.dtype
+        if kind is None:
+            kind = checkpoint.dtype(names[name]) if name in names else part.dtype
+        out = np.empty(part.shape, np.dtype(kind))
+        copy_cast(out, part)
+        written.add(out.dtype.name)
+        return out
+
     leaf_path, leaf = None, np.empty(0)
     for name, slot in table.written():
         path = slot.rule.ours
         if path in flat:
             if path != leaf_path:
-                leaf_path, leaf = path, _host_leaf(flat, path, scaling, dtype)
+                leaf_path, leaf = path, _host_leaf(job, path)
             part = slot.rule.to_hf(leaf if slot.layer is None else leaf[slot.layer])
-            if name in absent and not part.any():
+            if name in table.optional and name not in names and not part.any():
                 continue
-        elif checkpoint is not None and name in names:
+        elif name in names:
             part = checkpoint.read(names[name])
         else:
             raise UserError(f"{name} is neither in the model nor in the base model's folder")
-        wanted = part.dtype if dtype is None else np.dtype(dtype)
-        out = np.empty(part.shape, wanted)
-        copy_cast(out, part)
-        yield name, out
+        yield name, cast(name, part)
+        for copy in copies.get(name, ()):
+            yield copy, cast(copy, part)
+    for name, original in names.items():
+        if table.skipped(name) is not None:
+            yield name, checkpoint.read(original)
 
 
-def _host_leaf(
-    flat: Mapping[str, Any], path: str, scaling: Mapping[str, Any], dtype: Any
-) -> np.ndarray:
+def _host_leaf(job: _Job, path: str) -> np.ndarray:
     linear = path.removesuffix("/kernel")
-    if linear not in scaling or linear == path:
-        return np.asarray(flat[path])
-    a, b, m = (flat.get(f"{linear}/{leaf}") for leaf in LEAVES)
-    # Rounded once, to what is written: an f32 export of a bf16 base keeps the merge's digits.
-    wanted = flat[path].dtype if dtype is None else dtype
-    return merge_leaf(flat[path], a, b, m, scaling[linear], dtype=wanted)
+    if linear not in job.scaling or linear == path:
+        return np.asarray(job.flat[path])
+    a, b, m = (job.flat.get(f"{linear}/{leaf}") for leaf in LEAVES)
+    # Rounded once, when it is written.
+    return merge_leaf(job.flat[path], a, b, m, job.scaling[linear], dtype=np.float32)
 
 
 def _copy_files(source: Path, folder: Path) -> None:
@@ -308,22 +330,20 @@ def _copy_files(source: Path, folder: Path) -> None:
             shutil.copytree(file, folder / file.name)
         if not file.is_file() or file.name in _LEFT or file.name.endswith(".index.json"):
             continue
-        if file.suffix in _COPIED_SUFFIXES or file.name in _COPIED_NAMES:
+        if file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_STEMS:
             shutil.copyfile(file, folder / file.name)
 
 
-def _common_dtype(flat: Mapping[str, Any]) -> np.dtype | None:
-    kinds = {np.dtype(leaf.dtype) for p, leaf in flat.items() if not is_adapter_leaf(p)}
-    return kinds.pop() if len(kinds) == 1 else None
+def _record_dtype(source: Path, folder: Path, kinds: Collection[str]) -> None:
+    """Let config.json say the type of the weights; the file stays as it is where it does.
 
-
-def _record_dtype(source: Path, folder: Path, dtype: np.dtype | None) -> None:
-    """Let config.json say the type of the weights; the file stays as it is where it does."""
+    Weights of several types are left to what the source says of them.
+    """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     # transformers 5 renamed the field; say it the way the source does.
     field = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-    if dtype is not None and config.get(field) != dtype.name:
-        config[field] = dtype.name
+    if len(kinds) == 1 and config.get(field) not in kinds:
+        config[field] = next(iter(kinds))
         _write_json(folder / "config.json", config)
 
 

@@ -58,4 +58,8 @@ BACKBONE = Backbone(
     flops=forward_flops,
     image_size=planned_image_size,
     visual_layout=visual_layout,
+    sentence_transformers=(
+        "transformers has no class for phi3_v of its own, only code that the checkpoint brings "
+        "along, and sentence-transformers' modules do not know its processor"
+    ),
 )
