@@ -19,7 +19,7 @@ from vlm2vec_jax.flags import call
 from vlm2vec_jax.models.phi3v import backbone
 from vlm2vec_jax.training.prompts import common_prompt, prompts_of
 from vlm2vec_jax.weights.safetensors import Checkpoint, write
-from vlm2vec_jax.weights.sentence_transformers import SentenceTransformers, chat_template
+from vlm2vec_jax.weights.sentence_transformers import SentenceTransformers
 
 EMBED = "model.embed_tokens.weight"
 WTE = "model.vision_embed_tokens.wte.weight"
@@ -191,29 +191,6 @@ def test_the_form_of_sentence_transformers(goldens, adapter, tmp_path, capsys, m
 def merged(adapter, tmp_path):
     assert run(adapter, "merged", tmp_path / "merged", "--nomeasure") == 0
     return tmp_path / "merged"
-
-
-@pytest.mark.torch  # which brings jinja2 along
-def test_the_raw_chat_template():
-    import jinja2
-
-    render = jinja2.Environment().from_string(chat_template("<|image_pad|>")).render
-
-    def user(*parts):
-        return {"role": "user", "content": list(parts)}
-
-    def text(words):
-        return {"type": "text", "text": words}
-
-    image = {"type": "image", "image": object()}
-    system = {"role": "system", "content": [text("Represent the image: ")]}
-    assert render(messages=[user(text("A cat"))]) == "A cat"
-    assert render(messages=[{"role": "user", "content": "A cat"}]) == "A cat"
-    assert render(messages=[user(image)]) == "<|image_pad|>"
-    assert render(messages=[user(image, text("\nWhat?"))]) == "<|image_pad|>\nWhat?"
-    both = [system, user(text("What?"), image, image)]
-    assert render(messages=both) == "<|image_pad|><|image_pad|> Represent the image: What?"
-    assert render(messages=[system, user(text("x"))]) == "Represent the image: x"
 
 
 @pytest.mark.parametrize(
