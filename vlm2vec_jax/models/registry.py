@@ -10,7 +10,10 @@ from pathlib import Path
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.models.base import Backbone
 
-BACKBONES = {"phi3_v": "vlm2vec_jax.models.phi3v.backbone"}
+BACKBONES = {
+    "phi3_v": "vlm2vec_jax.models.phi3v.backbone",
+    "llava_next": "vlm2vec_jax.models.llava_next.backbone",
+}
 """`model_type` -> module with a `BACKBONE`."""
 
 
