@@ -165,6 +165,19 @@ class Embedder(EncodingSettings):
             "tokenizer": self.processor.tokenizer_hash,
         }
 
+    def about(self, **options: Any) -> dict[str, Any]:
+        """What stored vectors must carry to be searched later (JSON-able).
+
+        Args:
+          **options: `prompt`, `prompt_name` and `truncate_dim` with which they are made.
+        """
+        dim = vector.check_dimension(options.get("truncate_dim"), self.dimension)
+        return {
+            "fingerprint": self.fingerprint(),
+            "dimension": dim or self.get_embedding_dimension(),
+            "prompt": self._prompts.text(options.get("prompt"), options.get("prompt_name")),
+        }
+
     @property
     def max_seq_length(self) -> int:
         """Most tokens of an input, visual ones included."""
