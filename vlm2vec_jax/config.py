@@ -81,7 +81,8 @@ class DataConfig(_Group):
 
     Attributes:
       path: folder in MMEB-train's layout, `<path>/<Subset>/<split>-*.parquet`, or own pairs: a
-        jsonl, csv or parquet file, or a folder of such files (docs/your-own-data.md).
+        jsonl, csv or parquet file, or a folder of such files (docs/your-own-data.md); or a TFDS
+        data set or a hub id that `python -m vlm2vec_jax.data.prepare` has made ready.
       subsets: which ones, a comma list ("A,B"); empty for every folder found.
       split: "original", "diverse_instruction", or "train" in older releases of MMEB-train.
       image_root: what image paths are relative to; empty for `path`, or the folder in it where

@@ -9,12 +9,14 @@ subset of its name. Only names and parquet footers are read here.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlm2vec_jax.data.arrow import read_schema
+from vlm2vec_jax.data.hub import local_data
 from vlm2vec_jax.errors import UserError, raise_problems
 
 TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
@@ -34,7 +36,7 @@ def list_subsets(data: str | os.PathLike, split: str) -> list[str]:
     Raises:
       UserError: if `data` is not a folder.
     """
-    root = Path(data)
+    root = local_data(data)
     own = pair_files(root)
     if own:
         return list(own)
@@ -81,6 +83,38 @@ def list_splits(folder: str | os.PathLike) -> dict[str, list[Path]]:
         match = _SHARD.fullmatch(file.name)
         splits.setdefault(match["split"] if match else file.stem, []).append(file)
     return splits
+
+
+def is_tfds(data: str | os.PathLike) -> bool:
+    """Whether a folder is a TFDS data set and nothing else that can be read."""
+    root = Path(data)
+    if not root.is_dir() or pair_files(root):
+        return False
+    return not any(list_splits(folder) for folder in _folders(root)) and bool(tfds_folders(root))
+
+
+def tfds_folders(data: str | os.PathLike) -> dict[str, Path]:
+    """Subsets of a TFDS data set with their folders, by the name of the builder's config.
+
+    Args:
+      data: a TFDS `data_dir`, or a folder below it down to one version of one config. Of several
+        versions the newest counts.
+    """
+    root, found = Path(data), {}
+    for depth in range(4):
+        for file in sorted(root.glob("/".join(["*"] * depth + ["features.json"]))):
+            folder = file.parent
+            try:
+                info = json.loads((folder / "dataset_info.json").read_text())
+                name = info.get("configName") or info["name"]
+                version = tuple(int(n) for n in info["version"].split("."))
+            except (OSError, ValueError, KeyError, AttributeError):
+                continue
+            if name not in found or version > found[name][0]:
+                found[name] = (version, folder)
+        if found:
+            break
+    return {name: folder for name, (_, folder) in sorted(found.items())}
 
 
 def _shards_of(folder: Path, split: str, files: list[Path]) -> list[Path]:

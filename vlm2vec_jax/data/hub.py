@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def fetch(
     return folder
 
 
-def local_data(named: str) -> Path:
+def local_data(named: str | os.PathLike) -> Path:
     """The folder or file of a `data.path`; a hub id is what `prepare` made of it.
 
     Raises:

@@ -27,8 +27,10 @@ from vlm2vec_jax.data.folders import (
     NEGATIVE_COLUMNS,
     TRAIN_COLUMNS,
     checked_subsets,
+    is_tfds,
     list_subsets,
 )
+from vlm2vec_jax.data.hub import local_data
 from vlm2vec_jax.data.instructions import InstructionColumns
 from vlm2vec_jax.data.source import Key, Source, as_text, as_texts, to_input
 from vlm2vec_jax.errors import UserError, raise_problems
@@ -302,9 +304,17 @@ def open_train(
 ) -> list[TrainSource]:
     """Open several subsets of MMEB-train (all that have the split if none are named).
 
+    `data` may also be own pairs (`pairs.py`), a TFDS data set (`tfds.py`), or a hub id that
+    `prepare` has fetched.
+
     Raises:
       UserError: one message with everything wrong with any of them.
     """
+    data = local_data(data)
+    if is_tfds(data):
+        from vlm2vec_jax.data import tfds  # loads TFDS, which nobody else needs
+
+        return tfds.open_tfds(data, subsets, split, limit=limit, cache_dir=cache_dir)
     names = checked_subsets(data, subsets, split, TRAIN_COLUMNS)
     opened = _Opened([], [])
     for name in names:
@@ -338,6 +348,7 @@ def open_eval(
     Raises:
       UserError: one message with everything wrong with any of them.
     """
+    data = local_data(data)
     names = checked_subsets(data, subsets, split, EVAL_COLUMNS)
     opened = _Opened([], [])
     for name in names:

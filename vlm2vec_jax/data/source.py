@@ -87,7 +87,7 @@ class Source:
         self.data, self.subset, self.split = Path(data), subset, split
         self.limit = limit or None
         self.follow_symlinks = follow_symlinks
-        files = check_subset(self.data, subset, split, self.columns)
+        files = self._files()
         folder = self.data.parent if self.data.is_file() else self.data
         self.table: ArrowTable = open_set(
             files, self._reader(files), f"{subset}/{split}", data=folder, cache_dir=cache_dir
@@ -95,6 +95,10 @@ class Source:
         self.image_root = Path(image_root) if image_root else self._find_root(folder)
         count = len(self.table) if self.limit is None else min(self.limit, len(self.table))
         self.rows: np.ndarray = np.arange(count, dtype=np.int64)
+
+    def _files(self) -> list[Path]:
+        """The files of the subset, all there."""
+        return check_subset(self.data, self.subset, self.split, self.columns)
 
     def _reader(self, files: Sequence[Path]) -> Reader:
         if (self.data / self.subset).is_dir():

@@ -207,6 +207,10 @@ def image_folders(
     folders: dict[tuple[Path, bool], ImageFolder] = {}
     chosen = []
     for source in sources:
+        own = getattr(source, "image_folder", None)
+        if own is not None:  # images that are no files (`tfds.py`)
+            chosen.append(own())
+            continue
         key = (Path(image_root or source.image_root), source.follow_symlinks)
         chosen.append(folders.setdefault(key, ImageFolder(key[0], follow_symlinks=key[1])))
     return chosen

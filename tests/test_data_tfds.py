@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A TFDS data set made from rows gives the same rows, without TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from data_files import make_train, train_rows, write_image, write_parquet
+from PIL import Image
+
+from vlm2vec_jax import flags
+from vlm2vec_jax.data import prepare, tfds, verify
+from vlm2vec_jax.data.mixture import Mixture
+from vlm2vec_jax.data.mmeb import open_eval, open_train
+from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.images import load_image
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Two subsets in MMEB's layout, with negatives and images of odd modes, and as TFDS."""
+    root = tmp_path_factory.mktemp("tfds")
+    data = make_train(root / "data", {"A": 11, "B-2": 5}, images=4)
+    rows = train_rows("A", 11, images=4)
+    for mode, name in (("L", "0"), ("RGBA", "1"), ("I;16", "2")):
+        Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 900).convert(
+            "L" if mode != "I;16" else "I;16"
+        ).convert(mode).save(data / f"images/A/{name}.png")
+    for i, row in enumerate(rows):
+        row["neg_text"] = ["no", "<|image_1|>"][: i % 3] if i != 2 else ["a", "<|image_1|> b"]
+        row["neg_image_path"] = ["", "images/A/3.png"][: i % 3]
+    write_parquet(data / "A", "original", rows, shards=1)
+    write_parquet(data / "A", "diverse_instruction", train_rows("A", 3))
+    argv = ["prepare", "--data", str(data), "--tfds", str(root / "records")]
+    assert flags.call(prepare.main, prepare.define, argv) == 0
+    return data, root / "records"
+
+
+def same(a, b):
+    assert (a.text, len(a.images)) == (b.text, len(b.images))
+    for x, y in zip(a.images, b.images):
+        x, y = load_image(x), load_image(y)
+        assert x.mode == y.mode and np.array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_rows_are_the_same(both):
+    data, records = both
+    for split in ("original", "diverse_instruction"):
+        plain = {s.subset: s for s in open_train(data, ["A"], split)}
+        stored = {s.subset: s for s in open_train(records, ["A"], split)}
+        for name, source in stored.items():
+            assert len(source) == len(plain[name])
+            for a, b in zip(source.take(range(len(source))), plain[name].take(range(len(source)))):
+                same(a.query, b.query)
+                same(a.positive, b.positive)
+                assert len(a.negatives) == len(b.negatives)
+                for x, y in zip(a.negatives, b.negatives):
+                    same(x, y)
+                assert a[3:] == b[3:]  # subset, row, keys
+    assert "tensorflow" not in sys.modules
+
+
+def test_what_training_asks_of_a_source(both):
+    data, records = both
+    stored, plain = open_train(records), open_train(data)
+    assert [s.subset for s in stored] == ["A", "B-2"] == [s.subset for s in plain]
+    assert verify.verify_train(stored, headers=True) == []
+    prints = [Mixture(s, 0).fingerprint(4) for s in (stored, plain)]
+    assert prints[0] == prints[1]
+    good = verify.good_rows(stored)
+    assert [row.index for row in good.sources[1].select(np.array([1, 3])).take([0, 1])] == [1, 3]
+    assert len(open_train(records, limit=2)[0]) == 2
+    folder = records / tfds.NAME
+    assert len(open_train(folder)) == 2 and len(open_train(folder / "A" / tfds.VERSION)) == 1
+    assert "array_record" in stored[0].at(0)
+
+
+def test_many_threads_read_the_same(both):
+    (source,) = open_train(both[1], ["A"])
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda i: source[i % 11], range(88)))
+    for i, row in enumerate(rows):
+        assert row.index == i % 11 and len(row.query.images) == (i % 11 < 4)
+
+
+def test_a_written_subset_is_left_alone_and_other_data_refused(both, tmp_path):
+    data, records = both
+    shutil.copytree(records, tmp_path / "records")
+    file = tmp_path / "records/vlm2vec_pairs/A/1.0.0/features.json"
+    before = file.stat().st_mtime_ns
+    sources = [*open_train(data, ["A"], "diverse_instruction"), *open_train(data, ["A"])]
+    assert [count for _, count in tfds.write(sources, tmp_path / "records")] == [14]
+    assert file.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="holds other data"):
+        list(tfds.write(open_train(data, ["A"]), tmp_path / "records"))
+
+
+def test_bad_rows_and_evaluation_rows_are_not_written(tmp_path):
+    data = make_train(tmp_path / "data", {"A": 4}, images=2)
+    (data / "images/A/1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="1.png: not an image"):
+        list(tfds.write(open_train(data), tmp_path / "out"))
+    rows = [{"qry_text": "a", "qry_img_path": "", "tgt_text": ["b"], "tgt_img_path": [""]}]
+    write_parquet(tmp_path / "eval/A", "test", rows)
+    with pytest.raises(UserError, match="only training data"):
+        list(tfds.write(open_eval(tmp_path / "eval"), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: next(f.glob("*original*")).unlink(), "files missing"),
+        (lambda f: (f / "features.json").write_text("{}"), "not a whole TFDS data set"),
+        (
+            lambda f: next(f.glob("*original*")).write_bytes(b"x" * 70000),
+            "example 0: damaged records",
+        ),
+    ],
+)
+def test_a_spoilt_set_is_told_in_words(both, tmp_path, spoil, said):
+    folder = shutil.copytree(both[1] / "vlm2vec_pairs/B-2/1.0.0", tmp_path / "x")
+    spoil(folder)
+    with pytest.raises(UserError, match=said):
+        open_train(folder)
+
+
+def test_unknown_names_list_what_there_is(both):
+    with pytest.raises(UserError, match="has: A, B-2"):
+        open_train(both[1], ["C"])
+    with pytest.raises(UserError, match="splits there: original"):
+        open_train(both[1], ["B-2"], "nothing")
+    info = json.loads((both[1] / "vlm2vec_pairs/A/1.0.0/dataset_info.json").read_text())
+    assert info["fileFormat"] == "array_record"
+    write_image(both[1] / "x.png")
