@@ -158,7 +158,7 @@ def test_options(tmp_path):
         word: LlavaNextProcessor.from_pretrained(FOLDER / "gqa", config, transparency=word)
         for word in ("drop", "white")
     }
-    tiles = {word: one.encode(clear).visual["tiles"] for word, one in seen.items()}
+    tiles = {word: one.encode(clear).visual["tiles"][0] for word, one in seen.items()}
     assert (tiles["drop"] == (5, 6, 7)).all() and (tiles["white"] == 255).all()
     assert square.length(item) == (len(square.encode(item)), 5)
     assert len(square.encode(MultimodalInput("a long text of many words"))) == 4
