@@ -14,10 +14,6 @@ processes, process = int(sys.argv[4]), int(sys.argv[5])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
 
 import jax
-
-if processes > 1:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
@@ -26,7 +22,9 @@ from training_tools import encode, packer_for, pairs
 from vlm2vec_jax.models.loading import flatten, load_model
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.packing import fill_chunks
-from vlm2vec_jax.parallel.mesh import initialize_distributed, make_mesh, row_shards
+from vlm2vec_jax.parallel.cluster import Place
+from vlm2vec_jax.parallel.mesh import make_mesh, row_shards
+from vlm2vec_jax.parallel.peers import join
 from vlm2vec_jax.training.optimizer import AdamW, make_schedule
 from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import StepSpec, TrainBatch
@@ -34,7 +32,7 @@ from vlm2vec_jax.training.step import StepSpec, TrainBatch
 
 def main(folder: str, output: str, port: str) -> None:
     if processes > 1:
-        initialize_distributed(f"127.0.0.1:{port}", processes, process, timeout_s=240)
+        join(Place(f"127.0.0.1:{port}", processes, process), timeout_s=240)
     mesh = make_mesh(2, 2, 2)
     model = load_model(folder, dtype_of=lambda path: jnp.float32, mesh=mesh)
     processor = model.backbone.processor(folder, model.config, num_crops=2, max_len=64)

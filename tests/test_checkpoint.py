@@ -245,10 +245,10 @@ def test_saves_that_keep_failing_stop_the_run(folder, full_disk):
     _fill(folder, 1)
     checkpoints = Checkpoints(folder, keep=1, every=1, report=told.append)
     full_disk(True)
-    with pytest.raises(UserError, match="3 saves in a row failed"):
+    with pytest.raises(UserError, match="5 saves in a row failed"):
         for step in range(2, 9):
             checkpoints.save(step, _big(step), {})
-    assert len(told) == 3
+    assert len(told) == 5
     assert checkpoints.steps() == [1]
     with pytest.raises(UserError, match="could not be written"):
         checkpoints.close()

@@ -17,11 +17,22 @@ from vlm2vec_jax.data.mmeb import open_train
 from vlm2vec_jax.errors import UserError
 
 
+class Table:
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def take(self, rows):
+        return [{"qry": str(row)} for row in rows]
+
+
 class Rows:
     """As much of a source as a mixture needs."""
 
     def __init__(self, subset, count):
-        self.subset, self.split, self.limit, self.table = subset, "original", None, range(count)
+        self.subset, self.split, self.limit, self.table = subset, "original", None, Table(count)
         self.rows = np.arange(count)
 
     def __len__(self):

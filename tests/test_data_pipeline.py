@@ -91,18 +91,6 @@ def test_a_late_step_starts_at_once(mixture):
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_a_global_batch(mixture, processes):
-    whole = first(mixture, 6, 3, workers=0, start_step=5)
-    parts = [
-        first(mixture, 6, 3, workers=2, start_step=5, process=p, processes=processes)
-        for p in range(processes)
-    ]
-    for step in range(3):
-        for p in range(processes):
-            assert parts[p][step][1] == whole[step][1][p::processes]
-
-
 def test_the_golden_set_in_one_batch(tmp_path):
     mix = Mixture([TrainSource(GOLDEN, "Pairs8", cache_dir=tmp_path)], 0)
     for _, packed, rows, ids, _ in first(mix, 8, 3, workers=2):
@@ -298,8 +286,7 @@ def test_rows_are_encoded_in_parallel(mixture):
     "wrong",
     [
         {"on_bad_example": "ignore"},
-        {"processes": 4},
-        {"process": 1},
+        {"negatives": -1},
         {"start_step": -1},
         {"workers": -1},
         {"batch_size": 0},

@@ -9,7 +9,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.models.phi3v.sharding import RULES
-from vlm2vec_jax.parallel import mesh as meshes
 from vlm2vec_jax.parallel.mesh import ROWS, batch_spec, describe, make_mesh, row_shards
 from vlm2vec_jax.parallel.sharding import constrain, shardings, spec_for, table
 
@@ -202,20 +201,3 @@ def test_constrain_inside_shard_map():
         np.testing.assert_array_equal(jax.jit(everything)(jnp.zeros((8, 2))), np.ones((8, 2)))
         part = jax.shard_map(whole, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
         np.testing.assert_array_equal(jax.jit(part)(jnp.zeros((8, 2))), np.ones((8, 2)))
-
-
-def test_distributed_start_up_speaks_in_words(monkeypatch):
-    with pytest.raises(UserError, match="num_processes"):
-        meshes.initialize_distributed("host:1234")
-    with pytest.raises(UserError, match="0..1"):
-        meshes.initialize_distributed("host:1234", 2, 2)
-    seen = {}
-
-    def initialize(*args, **kwargs):
-        seen["args"] = (args, kwargs)
-        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out")
-
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(UserError, match="host:1234, process 1 of 2.*DEADLINE"):
-        meshes.initialize_distributed("host:1234", 2, 1, timeout_s=7)
-    assert seen["args"] == (("host:1234", 2, 1), {"initialization_timeout": 7})

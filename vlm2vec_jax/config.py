@@ -88,7 +88,14 @@ class DataConfig(_Group):
       image_root: what image paths are relative to; empty for `path`, or the folder in it where
         the images are.
       follow_symlinks: open images to which a symbolic link leads out of the image root.
+      splits: splits of single subsets where they differ, a comma list of NAME=SPLIT.
       max_examples_per_subset: the first so many rows of each subset; 0 for all.
+      limits: the same for single subsets, a comma list of NAME=ROWS.
+      weights: how much of the batches each subset makes up: empty in proportion to its rows, so
+        that every row comes once per epoch; "equal"; or a comma list of NAME=WEIGHT for all.
+      stop: "first_exhausted" ends the run when the first subset has been gone through once,
+        "all_exhausted" when the last has; empty to end after `steps`. `steps` is the most either
+        way, and where the schedule ends.
       sub_batch: rows of one subset that stand together in a batch, so that a query meets negatives
         of its own kind; 0 mixes row by row as the reference does.
       num_crops: most local crops per image, for backbones that cut crops; 0 for what the model
@@ -109,9 +116,13 @@ class DataConfig(_Group):
     path: str = ""
     subsets: str = ""
     split: str = "original"
+    splits: str = ""
     image_root: str = ""
     follow_symlinks: bool = False
     max_examples_per_subset: int = 0
+    limits: str = ""
+    weights: str = ""
+    stop: str = ""
     sub_batch: int = 0
     num_crops: int = 4
     resolution: str = ""
@@ -303,6 +314,8 @@ class Config:
         matrix products, "full" recomputes the layer.
       log_every: steps between two lines on the console; metrics.jsonl has every step.
       profile: "START:STOP" traces these steps into `output/profile`; empty for none.
+      max_skipped_steps: steps whose loss or gradient is not finite are skipped and reported; with
+        one more than so many, in all, the run stops and leaves what reproduces it.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -325,9 +338,18 @@ class Config:
     remat: str = "full"
     log_every: int = 10
     profile: str = ""
+    max_skipped_steps: int = 10
 
 
-LISTS = ("data.subsets", "adapter.targets", "loss.matryoshka", "eval.subsets")
+LISTS = (
+    "data.subsets",
+    "data.splits",
+    "data.limits",
+    "data.weights",
+    "adapter.targets",
+    "loss.matryoshka",
+    "eval.subsets",
+)
 """Fields that hold a list of names, written as a comma list."""
 
 NOT_DECIDING = (
@@ -336,6 +358,7 @@ NOT_DECIDING = (
     "profile",
     "tracking",
     "eval",
+    "max_skipped_steps",
     "checkpoint",
     "mesh",
     "packing",
@@ -351,7 +374,10 @@ NOT_DECIDING = (
 """Fields (or whole groups) that decide where and how fast, not what is learned."""
 
 
-_ADDED = tuple(o.field for n, o in OPTIONS.items() if n not in ("num_crops", "max_len"))
+_ADDED = (
+    *(o.field for n, o in OPTIONS.items() if n not in ("num_crops", "max_len")),
+    *("data.splits", "data.limits", "data.weights", "data.stop"),
+)
 """Fields that older versions did not have: at their default they leave the fingerprint alone."""
 
 
@@ -395,6 +421,23 @@ def read_range(text: str) -> tuple[int, int] | None:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError(f"profile {text!r}: give START:STOP in steps from 1, such as 10:12")
     return int(found[1]), int(found[2])
+
+
+def settings(value: Any) -> dict[str, str]:
+    """Read a list of settings, "A=2,B=0.5", by name in order.
+
+    Raises:
+      UserError: for an entry that is not NAME=VALUE, or a name that comes twice.
+    """
+    found: dict[str, str] = {}
+    for entry in names(value):
+        name, mark, setting = (part.strip() for part in entry.partition("="))
+        if not mark or not name or not setting:
+            raise UserError(f"expected a comma list of NAME=VALUE, not {entry!r}")
+        if name in found:
+            raise UserError(f"{name!r} comes twice")
+        found[name] = setting
+    return found
 
 
 def subset_names(config: Config) -> tuple[str, ...]:

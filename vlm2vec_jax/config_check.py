@@ -19,6 +19,7 @@ CHOICES = {
     "adapter.type": ("lora", "dora", "none"),
     "data.on_bad_example": ("error", "skip"),
     **{o.field: ("", *o.choices) for o in OPTIONS.values() if o.choices},
+    "data.stop": ("", "first_exhausted", "all_exhausted"),
     "optim.schedule": ("linear", "cosine", "constant"),
     "grad_cache": ("auto", "on", "off"),
     "attention": ("auto", "xla", "cudnn", "splash"),
@@ -54,6 +55,7 @@ _AT_LEAST = {
     "loss.tile": 8,
     "eval.every": 0,
     "eval.max_queries": 0,
+    "max_skipped_steps": 0,
 }
 FEW_PAIRS = 32
 """Below this a batch has few negatives."""
@@ -221,6 +223,7 @@ def _wrong_together(values: Mapping[str, Any]) -> list[str]:
         problems.append(str(error))
     if get("eval.every", 0) > 0 and not get("eval.path", "?").strip():
         problems.append("eval.path is empty, but eval.every asks for evaluations")
+    problems += _wrong_subsets(values)
     kind = get("adapter.type")
     if kind in ("lora", "dora") and not get("adapter.targets", "?"):
         problems.append(f"adapter.targets is empty, but adapter.type is {kind}")
@@ -260,3 +263,30 @@ def _wrong_loss(values: Mapping[str, Any]) -> list[str]:
         except UserError as error:
             problems.append(str(error))
     return problems
+
+
+def _wrong_subsets(values: Mapping[str, Any]) -> list[str]:
+    """Problems of settings by subset; whether the names are subsets is seen when data is opened."""
+    problems = []
+    for field in ("limits", "weights", "splits"):
+        given = values.get(f"data.{field}", "")
+        if field == "weights" and given in ("", "equal"):
+            continue
+        try:
+            found = config_lib.settings(given)
+        except UserError as error:
+            problems.append(f"data.{field}: {error}")
+            continue
+        for name, text in found.items() if field != "splits" else ():
+            if field == "limits" and not (text.isdecimal() and int(text)):
+                problems.append(f"data.limits: {name} must have a whole number, not {text!r}")
+            elif field == "weights" and not _positive(text):
+                problems.append(f"data.weights: {name} must have a number above 0, not {text!r}")
+    return problems
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

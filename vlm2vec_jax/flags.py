@@ -36,6 +36,9 @@ from vlm2vec_jax.options import OPTIONS
 USER_ERROR = 2
 """Exit code for everything that the user can mend."""
 
+INTERRUPTED = 75
+"""Exit code after a signal that led to a save: start me again (EX_TEMPFAIL of sysexits.h)."""
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 Define = Callable[[flags.FlagValues], Any]
@@ -133,6 +136,48 @@ def experiment(args: Any) -> config_lib.Config:
     if args.config is None:
         raise UserError("give a config file, for example --config configs/mini.py")
     return config_lib.check(args.config)
+
+
+def define_processes(values: flags.FlagValues) -> None:
+    """Add the flags of a run of several processes."""
+    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
+    text("coordinator", None, "host:port of process 0, for a run of several processes; "
+         "goes with num_processes and process_id", flag_values=values)  # fmt: skip
+    number("num_processes", None, "how many processes take part", flag_values=values)
+    number("process_id", None, "number of this process, from 0", flag_values=values)
+    switch("distributed", False, "take these three from the surroundings: SLURM, a TPU pod, "
+           "Open MPI, Kubernetes", flag_values=values)  # fmt: skip
+    number("start_timeout", 300, "seconds to wait for the other processes", lower_bound=1,
+           flag_values=values)  # fmt: skip
+
+
+def join_processes(args: Any) -> Any:
+    """Come together with the other processes of the run, before any device is used.
+
+    Args:
+      args: the parsed flags of an entry point that called `define_processes`.
+
+    Returns:
+      `parallel.peers.Peers`; a single one if no flag asks for more.
+
+    Raises:
+      UserError: for flags that contradict, or naming who did not come.
+    """
+    from vlm2vec_jax.parallel import cluster, peers
+
+    place = cluster.place(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        detect=args.distributed,
+        environment=os.environ,
+        timeout_s=args.start_timeout,
+    )
+    return peers.join(
+        place,
+        timeout_s=args.start_timeout,
+        report=lambda message: print(message, file=sys.stderr, flush=True),
+    )
 
 
 def _parse(values: flags.FlagValues, define: Define, argv: list[str]) -> None:

@@ -5,11 +5,21 @@
 
 The output folder receives config.json, vlm2vec.json, metrics.jsonl (a line per step) and
 checkpoints/; it can be given to `evaluate`, `embed` and `export` as a model. The same command goes
-on after an interruption, from the newest good checkpoint.
+on after an interruption, from the newest good checkpoint (docs/resuming.md).
+
+Several processes train together when each is told where the others are: --distributed on SLURM
+and TPU pods, or --coordinator HOST:PORT --num_processes N --process_id I. Output and data must lie
+where all of them see them.
+
+Exit codes: 0 done, 2 a mistake that you can mend, 75 interrupted by SIGTERM or Ctrl-C: the state
+is saved, start the same command again.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 import time
 from typing import Any
 
@@ -18,24 +28,59 @@ from absl import flags
 from vlm2vec_jax import config_check
 from vlm2vec_jax.config import Config
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.flags import define_config, experiment, run
+from vlm2vec_jax.flags import (
+    INTERRUPTED,
+    define_config,
+    define_processes,
+    experiment,
+    join_processes,
+    run,
+)
 
 
 def define(values: flags.FlagValues) -> None:
     """Add this command's flags."""
     define_config(values)
+    define_processes(values)
 
 
-def main(args: Any) -> None:
+def main(args: Any) -> int:
     """Train as `--config` says."""
-    train(experiment(args))
+    config = experiment(args)
+    peers = join_processes(args)
+    if peers.processes == 1:
+        return train(config, peers)
+    try:
+        return train(config, peers)
+    except BaseException as error:
+        _leave(peers, error)
+        raise
 
 
-def train(config: Config) -> None:
+def _leave(peers: Any, error: BaseException) -> None:
+    """End this process and let the others know, rather than wait for them at the exit."""
+    known = isinstance(error, UserError)
+    peers.fail(f"{error}" if known else f"{type(error).__name__}: {error}")
+    if not known:
+        sys.excepthook(type(error), error, error.__traceback__)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if peers.is_main:
+        time.sleep(3)  # process 0 carries the messages: let the others hear this one
+    os._exit(2 if known else 1)
+
+
+def train(config: Config, peers: Any = None) -> int:
     """Run an experiment from where it stands to its last step.
 
     Args:
       config: checked.
+      peers: the processes of the run (`parallel.peers.Peers`), joined; None for this one alone.
+
+    Returns:
+      The exit code: 0, or 75 if the run was asked to stop and has saved.
 
     Raises:
       UserError: for whatever is wrong with configuration, data, model or folders, before the
@@ -43,11 +88,19 @@ def train(config: Config) -> None:
     """
     import jax
 
-    from vlm2vec_jax.parallel.mesh import make_mesh, row_shards
-    from vlm2vec_jax.training import report, setup
+    from vlm2vec_jax.parallel.mesh import make_mesh, row_part, row_shards
+    from vlm2vec_jax.parallel.peers import Peers
+    from vlm2vec_jax.training import data as data_lib
+    from vlm2vec_jax.training import dump, going_on, report, setup
     from vlm2vec_jax.training.checkpoint import Checkpoints
+    from vlm2vec_jax.training.guard import SkippedSteps
+    from vlm2vec_jax.training.loop import Finished, Loop
     from vlm2vec_jax.training.metrics import MetricsWriter
+    from vlm2vec_jax.training.stopping import Stopping
     from vlm2vec_jax.training.watch import LossWatch
+
+    peers = peers or Peers()
+    warn = functools.partial(report.warn, origin="" if peers.is_main else peers.name(peers.process))
 
     # 1. Where: the mesh. A mesh smaller than the machine takes its first devices.
     shape = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -55,94 +108,104 @@ def train(config: Config) -> None:
     if all(size > 0 for size in shape) and len(devices) > shape[0] * shape[1] * shape[2]:
         devices = devices[: shape[0] * shape[1] * shape[2]]
     mesh = make_mesh(*shape, devices=devices)
-    output = setup.prepare_output(config)
+    part = row_part(mesh)
+    output = peers.together("start/output", lambda: going_on.prepare_output(config, peers))
 
     # 2. What from: the data, looked through before anything is computed.
-    data = setup.open_data(config)
+    data = data_lib.open_data(config, peers, output)
+    last = data.last_step(config)
 
     # 3. What: the model, its adapter, its processor.
-    model, processor, adapter = setup.load(config, mesh)
+    model, processor, adapter = peers.together("start/model", lambda: setup.load(config, mesh))
     record = setup.record_of(config, model, processor, adapter, data)
 
     # 4. How: packed shapes, optimizer, state.
-    rows, plain = setup.choose_packing(config, data, processor, model, row_shards(mesh))
-    packer = setup.packer(config, rows, plain, processor, row_shards(mesh))
+    sizes = data_lib.sample_sizes(data, processor, peers, negatives=config.loss.negatives)
+    rows, plain = setup.choose_packing(config, sizes, model, row_shards(mesh))
+    packer = setup.packer(config, rows, plain, processor, row_shards(mesh), part)
     trainer = setup.trainer(config, model, mesh)
     spec = setup.step_spec(config, model, cached=packer.cached, shards=row_shards(mesh))
     watch = LossWatch(config)
 
-    with Checkpoints(
-        output / "checkpoints", config.checkpoint.keep, config.checkpoint.every, report=report.warn
-    ) as checkpoints:
+    with (
+        Stopping(peers) as stopping,
+        Checkpoints(
+            output / "checkpoints",
+            config.checkpoint.keep,
+            config.checkpoint.every,
+            report=warn,
+            peers=peers,
+        ) as checkpoints,
+    ):
         # 5. From where: the newest good checkpoint of the same run.
-        done = setup.resume(config, checkpoints, trainer, data)
-        setup.write_records(output, config, record)
-        report.start(config, mesh, model, trainer, adapter, data, packer, spec, done, output)
+        done, saved = going_on.resume(config, checkpoints, trainer, data)
+        packer.use_shapes(going_on.shapes_of(saved, going_on.packing_of(packer)))
+        skipped = SkippedSteps(
+            config.max_skipped_steps,
+            saved.get("skipped_steps", 0),
+            [source.subset for source in data.mixture.sources],
+        )
+        if peers.is_main:
+            going_on.write_records(output, config, record)
+            report.start(config, mesh, model, trainer, adapter, data, packer, spec, done, output)
         step_fn = trainer.compile_step(spec)
-        key = jax.random.key(config.seed)
+        identity = {"record": record, **going_on.run_identity(config, data)}
 
-        # 6. The loop. A step's metrics are fetched while the next one runs.
-        meta = {"record": record, **setup.run_identity(config, data)}
+        def meta(step: int, packed: Any) -> dict[str, Any]:
+            if trainer.temperature is not None:
+                record["temperature"] = trainer.temperature
+                if peers.is_main:
+                    going_on.write_records(output, config, record)
+            return {
+                **identity,
+                "step": step,
+                "skipped_steps": skipped.count,
+                "packing": going_on.packed_so_far(packer, packed),
+            }
+
+        def look(finished: Finished) -> list[str]:
+            drawn = data.mixture.membership(finished.step - 1, config.batch_size)
+            finished.extra["membership"] = drawn[:16]
+            return watch.look(finished.step, finished.values)
+
+        # 6. The loop.
         with (
             jax.set_mesh(mesh),
-            setup.batches(config, data, processor, packer, done) as batches,
+            data_lib.batches(config, data, processor, packer, done, peers, report=warn) as batches,
             MetricsWriter(
                 output,
-                config.steps,
+                last,
                 done,
                 log_every=config.log_every,
-                trackers=setup.trackers(config, output, done),
+                trackers=setup.trackers(config, output, done) if peers.is_main else [],
+                is_main=peers.is_main,
             ) as metrics,
         ):
             for message in (*config_check.remarks(config), *model.remarks, *data.remarks):
                 metrics.message(message)
-            waiting = None
-            started = time.perf_counter()
-            while done < config.steps:
-                asked = time.perf_counter()
-                _, packed, stats = next(batches)
-                waited = time.perf_counter() - asked
-                batch = trainer.put(setup.train_batch(packed, stats, spec.loss))
-                trainer.state, values = step_fn(trainer.state, trainer.frozen, batch, key)
-                done += 1
-                if waiting is not None:
-                    started = _finish(metrics, *waiting, started, config, watch)
-                for message in stats.skipped:
-                    metrics.message(f"skipped: {message}")
-                extra = {
-                    "real_tokens": packed.real_tokens,
-                    "real_units": packed.real_units,
-                    "data_wait_s": waited,
-                    "skipped": len(stats.skipped),
-                }
-                waiting = (done, values, extra)
-                if done == config.steps or checkpoints.is_due(done):
-                    started = _finish(metrics, *waiting, started, config, watch)
-                    waiting = None
-                    state = trainer.saved()
-                    if trainer.temperature is not None:
-                        record["temperature"] = trainer.temperature
-                        setup.write_records(output, config, record)
-                    checkpoints.save(done, state, {**meta, "step": done}, force=True)
-    print(f"trained {done} steps; the model is in {output}")
-
-
-def _finish(metrics, step: int, values, extra, started: float, config: Config, watch) -> float:
-    """Fetch and write a step's numbers; returns when that was."""
-    import jax
-
-    values = {name: float(value) for name, value in jax.device_get(values).items()}
-    now = time.perf_counter()
-    extra = {**extra, "step_s": now - started, "pairs_per_s": config.batch_size / (now - started)}
-    metrics.write(step, {**values, **extra})
-    for message in watch.look(step, values):
-        metrics.message(f"warning: {message}")
-    if values["loss"] != values["loss"]:
-        raise UserError(
-            f"the loss of step {step} is not a number; the checkpoints before it are whole. "
-            f"A lower optim.lr or model.dtype=float32 may help"
-        )
-    return now
+            loop = Loop(
+                trainer=trainer,
+                step_fn=step_fn,
+                key=jax.random.key(config.seed),
+                batches=batches,
+                make_batch=functools.partial(setup.train_batch, options=spec.loss),
+                checkpoints=checkpoints,
+                meta=meta,
+                metrics=metrics,
+                skipped=skipped,
+                stopping=stopping,
+                dump=functools.partial(
+                    dump.dump, output, trainer, packer, identity, skipped, peers
+                ),
+                watch=look,
+            )
+            interrupted = loop.run(done, last)
+    if interrupted:
+        print("interrupted and saved; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    if peers.is_main:
+        print(f"trained {last} steps; the model is in {output}")
+    return 0
 
 
 if __name__ == "__main__":

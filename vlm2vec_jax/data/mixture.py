@@ -1,123 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows make up which batch: a pure function of (sources, seed, step).
+"""Which rows make up which batch: a pure function of (sources, weights, seed, step).
 
-The reference's sampling (VLM2Vec v1): the capped subsets are laid end to end and the whole is
-permuted anew each epoch, so subsets appear in proportion to their sizes. The stream of rows has no
-end: a batch that reaches the end of an epoch goes on in the next one, and within an epoch every
-row comes once.
+The unit is a block of rows of one subset: one row where subsets mix row by row (the reference's
+sampling, VLM2Vec v1), more where a query shall meet negatives of its own kind (VLM2Vec-V2's
+interleaving). An epoch holds a fixed number of blocks of each subset, in an order that is shuffled
+anew each epoch: without weights as many as the subset fills, so that every row comes once; with
+weights, that share. A subset's own rows are shuffled anew each time that it has been gone through;
+what is left after its last whole block waits for another round. The stream has no end.
 
-With sub-batches (VLM2Vec-V2's interleaving) it is blocks of rows of one subset that are permuted:
-a query then meets negatives of its own kind. Rows are permuted anew within their subset each
-epoch, too; what is left of a subset after its last whole block waits for another epoch.
+Nothing here is remembered from one batch to the next, so any step costs the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from vlm2vec_jax.data.mmeb import TrainSource
+from vlm2vec_jax.data.permute import keyed, permute
 from vlm2vec_jax.errors import UserError, raise_problems
 
 MAX_SEED = 2**32 - 1
-_ENDLESS = 2**62
+STOPPING = ("", "first_exhausted", "all_exhausted")
+"""When a run ends before its last step: never, or as HF's `interleave_datasets` does."""
+
+_FINENESS = 1000
+_ORDER = 0  # what a key is for: the order of blocks, or the rows of subset s as s + 1
+_SAMPLED_ROWS = 64
 
 
 class Mixture:
     """An endless stream of rows of several sources, readable at any position.
 
-    Rows are numbered through all sources in order ("flat" numbers). `stream` maps a position in
-    the run to a flat number; a mixture with weights is another `stream` over the same numbers.
-
     Attributes:
       sources: the subsets, in order.
       seed: from 0 to 2**32 - 1.
-      sub_batch: rows of one subset that stand together; 0 or 1 mixes row by row.
-      stream: `grain.MapDataset` of flat row numbers, of unlimited length.
+      sub_batch: rows of one subset that stand together; 0 mixes row by row.
+      weights: share of each subset, summing to 1; None in proportion to their sizes.
     """
 
-    def __init__(self, sources: Sequence[TrainSource], seed: int, *, sub_batch: int = 0):
-        """Lay the sources end to end.
+    def __init__(
+        self,
+        sources: Sequence[TrainSource],
+        seed: int,
+        *,
+        sub_batch: int = 0,
+        weights: Mapping[str, float] | None = None,
+    ):
+        """Lay out an epoch.
+
+        Args:
+          sources: the subsets, each at most once.
+          seed: another seed, another order.
+          sub_batch: see `Mixture.sub_batch`; 1 is 0.
+          weights: how much of the stream each subset makes up, in any unit; all or none are named.
 
         Raises:
-          UserError: if there is no row at all, a subset is named twice, or the seed is outside
-            of 0 to 2**32 - 1.
+          UserError: if there is no row at all, a subset is named twice, the seed is outside of 0
+            to 2**32 - 1, or weights are missing, strange or not positive.
         """
         names = [source.subset for source in sources]
         problems = [f"subset {n!r} comes twice" for n in sorted(set(names)) if names.count(n) > 1]
         if not 0 <= seed <= MAX_SEED:
             problems.append(f"seed {seed} is not within 0 and {MAX_SEED}")
-        total = sum(len(source) for source in sources)
-        if total == 0:
+        if sub_batch < 0:
+            problems.append(f"sub-batches of {sub_batch} rows")
+        rows = np.array([len(source) for source in sources], np.int64)
+        if not rows.sum():
             problems.append(f"no rows to train on in {', '.join(names) or 'no subset'}")
-        if total > MAX_SEED:
-            problems.append(f"{total} rows are more than can be shuffled ({MAX_SEED})")
+        problems += _weight_problems(names, rows, weights)
         raise_problems("Cannot mix the training data", problems)
         self.sources = tuple(sources)
         self.seed = int(seed)
-        self._ends = np.cumsum([len(source) for source in sources], dtype=np.int64)
         self.sub_batch = sub_batch if sub_batch > 1 else 0
-        if self.sub_batch:
-            self.stream = self._blocks(self.sub_batch)
-        else:
-            self.stream = grain.MapDataset.range(total).seed(self.seed).shuffle().repeat()
-
-    def _blocks(self, size: int) -> grain.MapDataset:
-        """The stream of rows in blocks of `size` rows of one source."""
-        rows = [len(source) for source in self.sources]
+        self._size = max(1, sub_batch)
+        self._rows = rows
         # A source that cannot fill a block repeats its rows in one.
-        ends = np.cumsum([max(1, n // size) if n else 0 for n in rows])
-        per_epoch = int(ends[-1])
-        order = grain.MapDataset.range(per_epoch).seed(self.seed).shuffle().repeat()
-        within = [
-            grain.MapDataset.range(max(n, 1))
-            .seed((self.seed + 1 + s) % MAX_SEED)
-            .shuffle()
-            .repeat()
-            for s, n in enumerate(rows)
-        ]
-        starts = np.concatenate([[0], self._ends[:-1]])
-
-        def row(position: int) -> int:
-            block, place = divmod(int(position), size)
-            epoch, number = block // per_epoch, int(order[block])  # pyright: ignore[reportArgumentType]
-            s = int(np.searchsorted(ends, number, side="right"))
-            first = number - (int(ends[s - 1]) if s else 0)
-            at = (first * size + place) % rows[s]
-            own = within[s][epoch * rows[s] + at]
-            return int(starts[s]) + int(own)  # pyright: ignore[reportArgumentType]
-
-        return grain.MapDataset.range(_ENDLESS).map(row)
+        self._blocks = np.where(rows, np.maximum(1, rows // self._size), 0)
+        self.weights = None
+        self._counts = self._blocks
+        if weights is not None:
+            shares = np.array([weights[name] for name in names], np.float64)
+            self.weights = dict(zip(names, (shares / shares.sum()).tolist(), strict=True))
+            self._counts = _in_proportion(
+                shares, max(int(self._blocks.sum()), _FINENESS * len(rows))
+            )
+        self._ends = np.cumsum(self._counts)
+        self._starts = self._ends - self._counts
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
-        return int(self._ends[-1])
+        """Rows of all sources."""
+        return int(self._rows.sum())
 
-    def locate(self, flat: np.ndarray | int) -> np.ndarray:
-        """Turn flat row numbers into (source, position in the source), int64 [..., 2]."""
-        flat = np.asarray(flat, np.int64)
-        source = np.searchsorted(self._ends, flat, side="right")
-        starts = np.concatenate([[0], self._ends[:-1]])
-        return np.stack([source, flat - starts[source]], axis=-1)
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at positions of the stream, without reading any of them.
 
-    def batch_indices(self, step: int, batch_size: int) -> np.ndarray:
-        """The rows of global batch `step` (counted from 0), without reading any of them.
+        Args:
+          positions: int64 [N], from 0.
 
         Returns:
-          int64 [batch_size, 2]: source and position in that source.
+          int64 [N, 2]: source, and position in that source.
+        """
+        block, place = np.divmod(np.asarray(positions, np.int64), self._size)
+        epoch, at = np.divmod(block, int(self._ends[-1]))
+        number = permute(at, int(self._ends[-1]), keyed(self.seed, _ORDER, epoch))
+        source = np.searchsorted(self._ends, number, side="right")
+        # How many blocks of this subset are numbered before this one, since the beginning.
+        nth = epoch * self._counts[source] + number - self._starts[source]
+        own_epoch, own_block = np.divmod(nth, self._blocks[source])
+        count = self._rows[source]
+        index = (own_block * self._size + place) % count
+        row = permute(index, count, keyed(self.seed, source + 1, own_epoch))
+        return np.stack([source, row], axis=-1)
+
+    def batch_indices(self, step: int, batch_size: int) -> np.ndarray:
+        """The rows of global batch `step` (counted from 0), int64 [batch_size, 2]; see `rows_at`.
+
+        Raises:
+          UserError: for a negative step or an empty batch.
         """
         if step < 0 or batch_size < 1:
             raise UserError(f"no batch {step} of {batch_size} rows")
         first = step * batch_size
-        return self.locate(np.array([self.stream[i] for i in range(first, first + batch_size)]))
+        return self.rows_at(np.arange(first, first + batch_size, dtype=np.int64))
+
+    def membership(self, step: int, batch_size: int) -> str:
+        """A SHA-256 (hex) of which rows, of which files, stand in global batch `step`, in order."""
+        drawn = self.batch_indices(step, batch_size)
+        digest = hashlib.sha256()
+        for number in np.unique(drawn[:, 0]).tolist():
+            source = self.sources[number]
+            mine = drawn[:, 0] == number
+            digest.update(json.dumps([source.subset, source.split]).encode())
+            digest.update(np.flatnonzero(mine).astype("<i8").tobytes())
+            digest.update(source.rows[drawn[mine, 1]].astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def epoch(self, step: int, batch_size: int) -> float:
-        """How many epochs have been seen after `step` steps."""
+        """How often as many rows as there are have been seen after `step` steps."""
         return step * batch_size / len(self)
+
+    def steps(self, stop: str, batch_size: int) -> int | None:
+        """After how many steps a stopping rule ends the run.
+
+        Args:
+          stop: one of `STOPPING`: when the first subset, or the last, has given all its rows
+            once (whole blocks of them). The batch in which that happens is the run's last.
+          batch_size: pairs in the global batch.
+
+        Returns:
+          None where the rule never does.
+        """
+        if stop not in STOPPING:
+            raise UserError(f"data.stop must be one of {', '.join(STOPPING[1:])} or empty")
+        if not stop:
+            return None
+        lasts = [self._last_block(s) for s in np.flatnonzero(self._blocks).tolist()]
+        last = min(lasts) if stop == "first_exhausted" else max(lasts)
+        return ((last + 1) * self._size - 1) // batch_size + 1
+
+    def _last_block(self, s: int) -> int:
+        """The block of the stream with which subset `s` has been gone through once."""
+        per_epoch, count = int(self._ends[-1]), int(self._counts[s])
+        epoch = (int(self._blocks[s]) - 1) // count
+        left = int(self._blocks[s]) - epoch * count
+        numbers = self._starts[s] + np.arange(left, dtype=np.int64)
+        at = permute(numbers, per_epoch, keyed(self.seed, _ORDER, epoch), inverse=True)
+        return epoch * per_epoch + int(at.max())
 
     def fingerprint(self, batch_size: int) -> dict[str, Any]:
         """Everything the batches depend on, as JSON: equal fingerprints, equal batches.
@@ -125,19 +178,57 @@ class Mixture:
         Times and folders are left out: the same data in another place is the same mixture.
         """
         return {
-            "sampling": f"blocks of {self.sub_batch}" if self.sub_batch else "proportional",
+            "sampling": "permuted blocks 1",
+            "sub_batch": self.sub_batch,
             "seed": self.seed,
             "batch_size": int(batch_size),
-            "rows": len(self),
-            "sources": [
-                {
-                    "subset": source.subset,
+            "order": [source.subset for source in self.sources],
+            "subsets": {
+                source.subset: {
                     "split": source.split,
                     "limit": source.limit,
+                    "weight": None if self.weights is None else self.weights[source.subset],
                     "rows": len(source),
                     "rows_in_file": len(source.table),
                     "rows_sha256": hashlib.sha256(source.rows.astype("<i8").tobytes()).hexdigest(),
+                    "sample_sha256": _sample(source),
                 }
                 for source in self.sources
-            ],
+            },
         }
+
+
+def _weight_problems(names, rows, weights: Mapping[str, float] | None) -> list[str]:
+    if weights is None:
+        return []
+    problems = [f"no weight for subset {name!r}" for name in names if name not in weights]
+    problems += [f"a weight for {name!r}, which is no subset" for name in set(weights) - set(names)]
+    problems += [
+        f"the weight of {name!r} must be above 0, not {value}; leave the subset out instead"
+        for name, value in weights.items()
+        if not 0 < value < float("inf")
+    ]
+    problems += [
+        f"subset {name!r} has a weight but no rows"
+        for name, count in zip(names, rows, strict=True)
+        if not count and name in weights
+    ]
+    return problems
+
+
+def _in_proportion(shares: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers in proportion to `shares`, each at least 1, by largest remainders."""
+    exact = shares / shares.sum() * total
+    counts = np.floor(exact).astype(np.int64)
+    order = np.argsort(counts - exact, kind="stable")
+    counts[order[: total - int(counts.sum())]] += 1
+    return np.maximum(counts, 1)
+
+
+def _sample(source: TrainSource) -> str:
+    """A hash of some of a source's rows: tells data apart that has been changed in place."""
+    count = len(source)
+    chosen = np.unique(np.linspace(0, max(count - 1, 0), min(count, _SAMPLED_ROWS)).astype(int))
+    rows = source.table.take(source.rows[chosen]) if count else []
+    text = json.dumps(list(rows), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -3,15 +3,19 @@
 
 Rows are encoded one by one in a pool of threads (Pillow releases the interpreter's lock while it
 decodes and resizes), put together in order and packed in a thread of their own. Which rows, and
-in which order, never depends on the number of threads; a run resumes at a step by starting there.
+in which order, never depends on the number of threads or processes; a run resumes at a step by
+starting there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -19,22 +23,24 @@ import grain.experimental
 import numpy as np
 
 from vlm2vec_jax.data.mixture import Mixture
+from vlm2vec_jax.data.reading import Encode, Example, Reader, Watch
+from vlm2vec_jax.data.sharing import Assembly, Sharing
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.inputs import EncodedInput, MultimodalInput, content_hash
+from vlm2vec_jax.inputs import EncodedInput
 
-Encode = Callable[[MultimodalInput], EncodedInput]
+__all__ = ["Batches", "BatchStats", "Encode", "Pack", "Sharing", "batches"]
+
 Pack = Callable[[list[EncodedInput], list[EncodedInput], list[tuple[EncodedInput, ...]]], Any]
+"""Called with the encoded queries, positives and hard negatives (per row, as many as it has)."""
 
-# What a bad example raises (`images.py` turns whatever Pillow raises into a `UserError`).
-# Anything else is a fault of the program and ends the run as such.
-BAD_EXAMPLE = (UserError, OSError)
+SLOW_S = 60.0
+"""A batch that is waited for longer is reported, again after twice the time, and so on."""
 
-MAX_REPLACEMENTS = 100
-"""Bad rows in succession before "skip" gives up: then the storage is ill, not an example."""
+_ENDLESS = 2**62
 
 
 class BatchStats(NamedTuple):
-    """What is known about a batch besides its arrays.
+    """What is known about a batch besides its arrays; the same on all processes.
 
     Attributes:
       rows: int64 [B, 2], the rows really used: source of the mixture, row in its file.
@@ -57,17 +63,6 @@ class BatchStats(NamedTuple):
         return len(self.target_id) - len(np.unique(self.target_id))
 
 
-class _Example(NamedTuple):
-    query: EncodedInput | None
-    positive: EncodedInput | None
-    row: tuple[int, int]
-    problems: tuple[str, ...]
-    negatives: tuple[EncodedInput, ...] = ()
-    query_id: int = 0
-    target_id: int = 0
-    negative_ids: tuple[int, ...] = ()
-
-
 class _Closed(Exception):
     """The iterator was closed while a batch was being made."""
 
@@ -78,20 +73,29 @@ class Batches(Iterator[tuple[int, Any, BatchStats]]):
     After an error or `close` it is exhausted.
     """
 
-    def __init__(self, dataset: grain.IterDataset, start_step: int, stop: threading.Event):
+    def __init__(
+        self,
+        dataset: grain.IterDataset,
+        start_step: int,
+        stop: threading.Event,
+        pool: ThreadPoolExecutor | None,
+        slow: _Slow,
+    ):
         """Start reading ahead, so that the first batches are made while the model compiles."""
         # In a box, so that the finalizer can drop grain's iterator: its own `__del__` complains
         # if it runs in the half-dismantled modules of a program's end, and so would ours.
         self._box = [iter(dataset)]
         self._step = start_step
-        self._finalizer = weakref.finalize(self, _shut, self._box, stop)
+        self._slow = slow
+        self._finalizer = weakref.finalize(self, _shut, self._box, stop, pool)
         self._box[0].start_prefetch()
 
     def __next__(self) -> tuple[int, Any, BatchStats]:
         if not self._box:
             raise StopIteration
         try:
-            packed, stats = next(self._box[0])
+            with self._slow.waiting(self._step):
+                packed, stats = next(self._box[0])
         except BaseException:
             self.close()
             raise
@@ -109,11 +113,43 @@ class Batches(Iterator[tuple[int, Any, BatchStats]]):
         self.close()
 
 
-def _shut(box: list[grain.DatasetIterator], stop: threading.Event) -> None:
+def _shut(
+    box: list[grain.DatasetIterator], stop: threading.Event, pool: ThreadPoolExecutor | None
+) -> None:
     stop.set()
     while box:
         with contextlib.suppress(RuntimeError):  # joining itself, if the collector runs in a worker
             box.pop().close()
+    if pool is not None:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Slow:
+    """Says what is being read when a batch lets the train step wait for long."""
+
+    def __init__(self, watch: Watch, report: Callable[[str], None] | None, slow_s: float):
+        self._watch, self._report, self._slow_s = watch, report, slow_s
+
+    @contextlib.contextmanager
+    def waiting(self, step: int) -> Iterator[None]:
+        done = threading.Event()
+        if self._report is not None:
+            threading.Thread(target=self._tell, args=(step, done), daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _tell(self, step: int, done: threading.Event) -> None:
+        since, pause = time.monotonic(), self._slow_s
+        while not done.wait(pause):
+            waited = time.monotonic() - since
+            assert self._report is not None
+            self._report(
+                f"the data of step {step + 1} has been waited for {waited:.0f} s; "
+                f"{self._watch.words()}"
+            )
+            pause *= 2
 
 
 def batches(
@@ -127,8 +163,9 @@ def batches(
     on_bad_example: Literal["error", "skip"] = "error",
     prefetch: int = 2,
     negatives: int = 0,
-    process: int = 0,
-    processes: int = 1,
+    sharing: Sharing | None = None,
+    report: Callable[[str], None] | None = None,
+    slow_s: float = SLOW_S,
 ) -> Batches:
     """Packed batches from `start_step` on, without end.
 
@@ -137,66 +174,76 @@ def batches(
       batch_size: pairs in the global batch.
       start_step: the first batch wanted, counted from 0; any step costs the same to start at.
       encode: a processor's `encode`; called from several threads at once.
-      pack: called with the encoded queries, positives and hard negatives (per row, as many as it
-        has) of a batch, in order, in one thread.
+      pack: packs a batch that one process has for itself (`Pack`), in one thread.
       workers: decoding threads; 0 does everything in the caller's thread.
       on_bad_example: what to do about a row that cannot be read or encoded. "error" raises;
         "skip" puts the next good row of the same subset in its place, which is the same row
         however often and wherever the batch is made, and reports it in `BatchStats.skipped`.
       prefetch: batches made ahead of the one in use.
-      negatives: most hard negatives of a row that are read, its first ones.
-      process: this process' number; it reads rows process, process + processes, ... of a batch.
-      processes: how many processes share a global batch.
+      negatives: hard negatives that a pair may bring along; 0 leaves them out.
+      sharing: the other processes, where several have a part of each batch; `pack` is then not
+        used, but `sharing.packer`.
+      report: gets a sentence when a batch is waited for longer than `slow_s` seconds: what is
+        being read.
+      slow_s: see `report`.
 
     Returns:
-      An iterator of (step, what `pack` returned, `BatchStats`).
+      An iterator of (step, what was packed, `BatchStats`).
 
     Raises:
       UserError: for impossible arguments at once; while iterating, for bad examples, naming
         subset, file and row of each one in the batch.
     """
-    if on_bad_example not in ("error", "skip"):
-        raise UserError(f"on_bad_example must be 'error' or 'skip', not {on_bad_example!r}")
-    if batch_size < 1 or processes < 1 or batch_size % processes:
-        raise UserError(f"a batch of {batch_size} pairs cannot be shared by {processes} processes")
-    numbers = (start_step, workers, prefetch, negatives)
-    if not 0 <= process < processes or min(numbers) < 0:
-        raise UserError(
-            f"impossible pipeline: process {process} of {processes}, start_step {start_step}, "
-            f"workers {workers}, prefetch {prefetch}, negatives {negatives}"
-        )
+    skip = on_bad_example == "skip"
+    process, processes = (0, 1) if sharing is None else (sharing.process, sharing.processes)
+    _check(batch_size, process, processes, on_bad_example, start_step, workers, prefetch, negatives)
     stop = threading.Event()
     local = batch_size // processes
-    attempts = 1 if on_bad_example == "error" else 1 + MAX_REPLACEMENTS
+    # Rows of the few batches that threads work on at a time.
+    drawn = functools.lru_cache(maxsize=8)(lambda step: mixture.batch_indices(step, batch_size))
+    work = encode if sharing is None else sharing.measure
+    reader = Reader(mixture, work, negatives=negatives, skip=skip, stop=stop)
+    assembly = pool = None
+    if sharing is not None:
+        pool = ThreadPoolExecutor(workers, "grain-decode") if workers else None
+        encoder = Reader(mixture, encode, negatives=negatives, skip=skip, stop=stop)
+        encoder.watch = reader.watch
+        assembly = Assembly(sharing, reader, encoder, skip=skip, pool=pool, stop=stop)
+    counted = start_step
 
-    def load(flat: int) -> _Example:
+    def load(number: int) -> Example:
         if stop.is_set():  # an empty example, not None: grain drops Nones and goes on to the next
-            return _Example(None, None, (0, 0), ())
-        return _load(mixture, int(flat), encode, attempts, negatives)
+            return Example((), 0, 0, 0, (), ())
+        step, place = divmod(int(number), local)
+        source, position = drawn(step)[process + place * processes].tolist()
+        return reader.first_good(source, position)
 
-    def collate(examples: Sequence[_Example]) -> tuple[Any, BatchStats]:
+    def collate(examples: Sequence[Example]) -> tuple[Any, BatchStats]:
+        nonlocal counted
+        step, counted = counted, counted + 1
         if stop.is_set():
             raise _Closed
-        lost = [e.problems[-1] for e in examples if e.query is None]
-        if lost and on_bad_example == "skip":
+        packed = None
+        if assembly is not None:
+            try:
+                packed, examples = assembly.batch(step, examples)
+            except Exception as error:
+                raise (_Closed() if stop.is_set() else error) from None
+        lost = [e.problems[-1] for e in examples if not e.items]
+        if lost and skip:
             lost = [f"{message} (and the rows after it failed as well)" for message in lost]
         raise_problems(
             "Bad training examples", lost, advice="--config.data.on_bad_example=skip skips them"
         )
-        packed = pack(
-            [e.query for e in examples],  # type: ignore
-            [e.positive for e in examples],  # type: ignore
-            [e.negatives for e in examples],
-        )
-        return packed, BatchStats(
-            rows=np.array([e.row for e in examples], np.int64),
-            target_id=np.array([e.target_id for e in examples], np.int64),
-            skipped=tuple(message for e in examples for message in e.problems),
-            query_id=np.array([e.query_id for e in examples], np.int64),
-            negative_ids=tuple(e.negative_ids for e in examples),
-        )
+        if assembly is None:
+            packed = pack(
+                [e.items[0] for e in examples],
+                [e.items[1] for e in examples],
+                [e.items[2:] for e in examples],
+            )
+        return packed, _stats(examples)
 
-    rows = mixture.stream[start_step * batch_size + process :: processes].map(load)
+    rows = grain.MapDataset.range(start_step * local, _ENDLESS).map(load)
     # Few enough rows ahead that crops do not pile up, enough that no thread waits for the others.
     ahead = min(max(local, 2 * workers), 16 * workers)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead)
@@ -206,44 +253,25 @@ def batches(
         dataset = grain.experimental.ThreadPrefetchIterDataset(
             dataset, prefetch_buffer_size=max(1, prefetch - 1)
         )
-    return Batches(dataset, start_step, stop)
+    return Batches(dataset, start_step, stop, pool, _Slow(reader.watch, report, slow_s))
 
 
-def _load(mixture: Mixture, flat: int, encode: Encode, attempts: int, negatives: int) -> _Example:
-    """Encode a row, or the next good one of its subset within `attempts` tries."""
-    number, position = mixture.locate(flat).tolist()
-    source = mixture.sources[number]
-    problems: list[str] = []
-    for attempt in range(min(attempts, len(source))):
-        at = (position + attempt) % len(source)
-        try:
-            row = source[at]
-            query = _encode(row.query, "query", encode)
-            positive = _encode(row.positive, "positive", encode)
-            hard = tuple(
-                _encode(item, f"negative {k}", encode)
-                for k, item in enumerate(row.negatives[:negatives])
-            )
-        except BAD_EXAMPLE as error:
-            where = source.at(int(source.rows[at]))
-            reason = str(error).removeprefix(f"{where}: ") or type(error).__name__
-            problems.append(f"{source.subset}: {where}: {reason}")
-            continue
-        return _Example(
-            query,
-            positive,
-            (number, row.index),
-            tuple(problems),
-            hard,
-            content_hash(query),
-            content_hash(positive),
-            tuple(content_hash(item) for item in hard),
-        )
-    return _Example(None, None, (number, int(source.rows[position])), tuple(problems[:1]))
+def _check(batch_size, process, processes, on_bad_example, *numbers: int) -> None:
+    if on_bad_example not in ("error", "skip"):
+        raise UserError(f"on_bad_example must be 'error' or 'skip', not {on_bad_example!r}")
+    if batch_size < 1 or processes < 1 or batch_size % processes:
+        raise UserError(f"a batch of {batch_size} pairs cannot be shared by {processes} processes")
+    if not 0 <= process < processes or min(numbers) < 0:
+        names = ("start_step", "workers", "prefetch", "negatives")
+        told = ", ".join(f"{name} {n}" for name, n in zip(names, numbers, strict=True))
+        raise UserError(f"impossible pipeline: process {process} of {processes}, {told}")
 
 
-def _encode(item: MultimodalInput, side: str, encode: Encode) -> EncodedInput:
-    problem = item.problem()
-    if problem:
-        raise UserError(f"{side}: {problem}")
-    return encode(item)
+def _stats(examples: Sequence[Example]) -> BatchStats:
+    return BatchStats(
+        rows=np.array([(e.source, e.row) for e in examples], np.int64),
+        target_id=np.array([e.ids[1] for e in examples], np.int64),
+        skipped=tuple(message for e in examples for message in e.problems),
+        query_id=np.array([e.ids[0] for e in examples], np.int64),
+        negative_ids=tuple(e.ids[2:] for e in examples),
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh (axes `data`, `fsdp`, `tensor`) and start-up of several processes.
+"""The device mesh (axes `data`, `fsdp`, `tensor`).
 
 Axis types are always Auto: jax.make_mesh would otherwise make them Explicit, and code that
 leaves the placement of intermediate values to the compiler would no longer trace.
@@ -98,42 +98,31 @@ def describe(mesh: Mesh) -> str:
     return f"{devices.size} {kind} device{plural}{hosts}: {axes}"
 
 
-def initialize_distributed(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    *,
-    timeout_s: int = 300,
-) -> None:
-    """Join the other processes of this run. To be called by an entry point before any device use.
+def row_part(mesh: Mesh) -> tuple[int, int]:
+    """Which block of the rows the devices of this process hold: (number, of how many).
 
-    Args:
-      coordinator: `host:port` of process 0. With all three arguments left out jax asks the
-        surroundings (TPU pod, SLURM, Open MPI, Kubernetes) for them.
-      num_processes: how many processes take part.
-      process_id: number of this one, from 0.
-      timeout_s: how long to wait for the others, seconds.
+    Processes whose devices are tensor partners hold the same rows.
 
     Raises:
-      UserError: if only some of the three are given, the numbers do not fit, or the processes do
-        not come together.
+      UserError: if the rows of a process do not lie together, or processes differ in how many
+        they hold.
     """
-    given = (coordinator, num_processes, process_id)
-    if any(v is None for v in given) and any(v is not None for v in given):
+    devices = mesh.devices.reshape(row_shards(mesh), -1)
+    held: dict[int, set[int]] = {}
+    for shard, partners in enumerate(devices):
+        for device in partners:
+            held.setdefault(device.process_index, set()).add(shard)
+    blocks = sorted({(min(shards), max(shards) + 1) for shards in held.values()})
+    sizes = {last - first for first, last in blocks}
+    whole = all(len(shards) == max(shards) + 1 - min(shards) for shards in held.values())
+    apart = all(a[1] == b[0] for a, b in zip(blocks, blocks[1:], strict=False))
+    mine = held.get(jax.process_index())
+    if not whole or not apart or len(sizes) != 1 or mine is None:
+        told = ", ".join(f"process {p} rows {sorted(s)}" for p, s in sorted(held.items()))
         raise UserError(
-            "several processes need all of coordinator (host:port), num_processes and process_id, "
-            f"or none of them; got {coordinator!r}, {num_processes!r}, {process_id!r}"
+            f"this mesh does not give every process a block of the rows of its own ({told}): make "
+            f"mesh.tensor a divisor or a multiple of the devices of a process, and use the devices "
+            f"of all processes"
         )
-    if num_processes is not None and process_id is not None:
-        if num_processes < 1 or not 0 <= process_id < num_processes:
-            raise UserError(f"process_id {process_id} is not within 0..{num_processes - 1}")
-    try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=timeout_s
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the processes of this run did not come together within {timeout_s} s "
-            f"(coordinator {coordinator or 'from the surroundings'}, process "
-            f"{'?' if process_id is None else process_id} of {num_processes or '?'}): {error}"
-        ) from error
+    size = sizes.pop()
+    return min(mine) // size, row_shards(mesh) // size

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from vlm2vec_jax.inputs import EncodedInput, VisualLayout
 from vlm2vec_jax.packing import (
     ChunkedGroup,
+    ChunkPlan,
     ChunkShape,
+    Plan,
     RowShape,
     arrange,
     choose_row_tokens,
@@ -86,11 +88,28 @@ def choose_rows(sample: Sequence[Size], *, longest: int, row_tokens: int = 0) ->
 
 
 class PackedStep(NamedTuple):
-    """A packed batch and how well it is filled (shares 0..1)."""
+    """A packed batch, how well it is filled (shares 0..1), and the shapes in use from then on."""
 
     groups: tuple[ChunkedGroup, ...]
     real_tokens: float
     real_units: float
+    shapes: tuple[ChunkShape, ...] = ()
+
+
+class StepPlan(NamedTuple):
+    """Where everything of a batch stands.
+
+    Attributes:
+      rows: which inputs share a row.
+      chunks: which rows share a chunk, by group.
+      slots: of each input, see `TrainBatch`.
+      shapes: of all groups that the run has had so far.
+    """
+
+    rows: Plan
+    chunks: tuple[ChunkPlan, ...]
+    slots: list[int]
+    shapes: tuple[ChunkShape, ...]
 
 
 class BatchPacker:
@@ -107,6 +126,8 @@ class BatchPacker:
         chunk_tokens: int | None,
         row_multiple: int = 1,
         negatives: int = 0,
+        part: tuple[int, int] = (0, 1),
+        shapes: Iterable[ChunkShape] = (),
     ):
         """Set up.
 
@@ -116,17 +137,26 @@ class BatchPacker:
           chunk_tokens: tokens of a chunk over all devices; None: each group is one chunk.
           row_multiple: what the rows of a chunk divide by (devices that share the rows).
           negatives: places for hard negatives behind each positive.
+          part: (which, of how many): the block of every chunk's rows that this process holds.
+          shapes: that the run has had so far (`PackedStep.shapes`), so that a run that goes on
+            packs, and so adds up, exactly as it would have.
         """
         self.rows = rows
         self.cached = chunk_tokens is not None
         self._layout = layout
         self.chunk_tokens = chunk_tokens or _EVERYTHING
-        self._row_multiple = row_multiple
+        self.row_multiple = row_multiple
         self.negatives = negatives
+        self.part = part
         self._shapes: dict[RowShape, ChunkShape] = {}
+        self.use_shapes(shapes)
         self._lock = threading.Lock()
 
-    def arrange(self, sizes: Sequence[Size]) -> tuple[Any, Any]:
+    def use_shapes(self, shapes: Iterable[ChunkShape]) -> None:
+        """Take over the shapes of an earlier part of the run; before anything is packed."""
+        self._shapes = {shape.row: shape for shape in shapes}
+
+    def arrange(self, sizes: Sequence[Size]) -> tuple[Plan, tuple[ChunkPlan, ...]]:
         """The plan and the chunks of a batch with inputs of these sizes."""
         rows = self.rows
         planned = plan(
@@ -142,7 +172,7 @@ class BatchPacker:
             chunks = arrange(
                 planned,
                 chunk_tokens=self.chunk_tokens,
-                row_multiple=self._row_multiple,
+                row_multiple=self.row_multiple,
                 at_least=self._shapes.values(),
             )
             self._shapes |= {chunk.shape.row: chunk.shape for chunk in chunks}
@@ -160,12 +190,37 @@ class BatchPacker:
         behind it; a place without one stays empty.
         """
         encoded = [*queries, *positives]
-        pairs, each = len(queries), 1 + self.negatives
+        for hard in negatives:
+            encoded += hard[: self.negatives]
+        counts = [min(len(hard), self.negatives) for hard in negatives]
+        planned = self.plan_step([(len(item), item.units) for item in encoded], counts)
+        return self._fill(planned, encoded, (0, 1))
+
+    def plan_step(self, sizes: Sequence[Size], negatives: Sequence[int] = ()) -> StepPlan:
+        """Where everything of a batch stands; equal sizes, equal plan.
+
+        Args:
+          sizes: of the queries, the positives, then the hard negatives row by row.
+          negatives: how many hard negatives each row has; () for none.
+        """
+        pairs, each = (len(sizes) - sum(negatives)) // 2, 1 + self.negatives
         slots = [*range(pairs), *(pairs + i * each for i in range(pairs))]
-        for i, hard in enumerate(negatives):
-            hard = hard[: self.negatives]
-            encoded += hard
-            slots += (pairs + i * each + 1 + k for k in range(len(hard)))
-        planned, chunks = self.arrange([(len(item), item.units) for item in encoded])
-        groups = tuple(fill_chunks(c, encoded, self._layout, slots=slots) for c in chunks)
-        return PackedStep(groups, planned.token_share, planned.unit_share)
+        for i, count in enumerate(negatives):
+            slots += (pairs + i * each + 1 + k for k in range(count))
+        return StepPlan(*self.arrange(sizes), slots, tuple(self._shapes.values()))
+
+    def items(self, planned: StepPlan) -> list[int]:
+        """Numbers of the inputs that stand in this process's rows."""
+        return sorted({i for chunk in planned.chunks for i in chunk.items(self.part)})
+
+    def fill(self, planned: StepPlan, encoded: Mapping[int, EncodedInput]) -> PackedStep:
+        """Fill this process's rows with the inputs that `items` named."""
+        return self._fill(planned, encoded, self.part)
+
+    def _fill(self, planned: StepPlan, encoded, part: tuple[int, int]) -> PackedStep:
+        groups = tuple(
+            fill_chunks(chunk, encoded, self._layout, slots=planned.slots, part=part)
+            for chunk in planned.chunks
+        )
+        rows = planned.rows
+        return PackedStep(groups, rows.token_share, rows.unit_share, planned.shapes)

@@ -13,11 +13,9 @@ array, shape, dtype and checksum.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,13 +27,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.parallel.peers import Peers
+from vlm2vec_jax.training.checkpoint_files import Damaged, check_folder, hush, words
 from vlm2vec_jax.training.fingerprint import digest, explain_arrays
 
 FORMAT = "vlm2vec_jax checkpoint 1"
 _WHOLE = "state"
-_DISK_ERRORS = [
-    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()
-]
 _LOG = logging.getLogger(__name__)
 
 
@@ -50,6 +47,8 @@ class Checkpoints:
         aside or tidied up.
       report: gets one sentence per incident (a damaged checkpoint, a save that failed); by
         default the log, as a warning.
+      peers: the processes that save together, to one folder that all see; what fails for one has
+        failed for all.
 
     Raises:
       UserError: if `folder` is not a folder, holds other things than checkpoints, or (read-only)
@@ -57,7 +56,9 @@ class Checkpoints:
     """
 
     # After so many saves in a row that failed the run stops rather than train for nothing.
-    FAILURES_BORNE = 3
+    FAILURES_BORNE = 5
+    # Seconds before a save that failed is tried again, the first time, the second, ...
+    RETRY_S = (5.0, 30.0, 120.0)
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class Checkpoints:
         *,
         read_only: bool = False,
         report: Callable[[str], None] | None = None,
+        peers: Peers | None = None,
     ):
         if (keep is not None and keep < 1) or every < 0:
             raise UserError(f"checkpoint.keep ({keep}) must be at least 1, every ({every}) 0")
@@ -77,11 +79,11 @@ class Checkpoints:
         self._report = report or _LOG.warning
         self._saving: int | None = None  # the step whose save has not been confirmed yet
         self._failures: list[str] = []  # in a row, up to now
-        _check_folder(self.folder, read_only)
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_quiet_orbax)  # added once, however often asked
-        if not isinstance(sys.unraisablehook, _QuietHook):
-            sys.unraisablehook = _QuietHook(sys.unraisablehook)
+        self._retry_at = 0.0
+        self._peers = peers or Peers()
+        self._agreed = 0
+        check_folder(self.folder, read_only)
+        hush()
         self._manager = self._open()
 
     def __enter__(self) -> Checkpoints:
@@ -96,8 +98,18 @@ class Checkpoints:
         return sorted(int(e.name) for e in self.folder.glob("*") if e.name.isdigit() and e.is_dir())
 
     def is_due(self, step: int) -> bool:
-        """Whether `save` without `force` would write at this step."""
-        return self.every > 0 and step % self.every == 0
+        """Whether `save` without `force` would write at this step.
+
+        After a failure that is before the next regular step: as soon as the pause is over (with
+        several processes, which would have to agree on the time, at the next regular step).
+        """
+        if self.every > 0 and step % self.every == 0:
+            return True
+        if self._peers.processes > 1 or self._read_only:
+            return False
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._confirm()
+        return bool(self._failures) and time.monotonic() >= self._retry_at
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
         """Start to write a checkpoint; returns as soon as the arrays are copied.
@@ -125,6 +137,11 @@ class Checkpoints:
         self._confirm()
         if step in self.steps():
             return False
+        return self._start(step, state, meta)
+
+    def _start(
+        self, step: int, state: Any, meta: Mapping[str, Any], *, final: bool = False
+    ) -> bool:
         document = {"format": FORMAT, "step": step, "meta": dict(meta), "arrays": digest(state)}
         self._saving = step
         try:
@@ -137,9 +154,25 @@ class Checkpoints:
                 force=True,
             )
         except Exception as error:  # orbax and tensorstore raise many kinds, none in common
-            self._failed(error)
+            self._failed(words(error), final=final)
             return False
         return True
+
+    def save_at_once(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Write a checkpoint and wait until it is there; again, after a pause, where that fails.
+
+        Raises:
+          UserError: if it cannot be written; the ones before it are untouched.
+        """
+        self._confirm(final=True)
+        for pause in (*self.RETRY_S, None):
+            if step in self.steps():
+                return
+            self._start(step, state, meta, final=True)
+            self._confirm(final=True)
+            if step not in self.steps() and pause is not None:
+                time.sleep(pause)
+        self.wait()
 
     def wait(self) -> None:
         """Block until nothing is being written.
@@ -177,7 +210,7 @@ class Checkpoints:
         for candidate in [step] if step is not None else reversed(self.steps()):
             try:
                 return self._document(candidate)["meta"]
-            except _Damaged:
+            except Damaged:
                 continue
         return None
 
@@ -189,7 +222,7 @@ class Checkpoints:
         """
         try:
             return self._read(step, abstract)
-        except _Damaged as error:
+        except Damaged as error:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}") from error
 
     def restore_latest(
@@ -216,7 +249,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 state, meta = self._read(step, abstract, partial)
-            except _Damaged as error:
+            except Damaged as error:
                 damaged.append((step, f"step {step}: {error}"))
                 self._report(f"checkpoint {self.folder / str(step)} is damaged ({error})")
                 continue
@@ -251,31 +284,41 @@ class Checkpoints:
         except Exception as error:  # the failure itself was reported before
             _LOG.debug("closing the checkpoint manager: %s", error)
 
-    def _confirm(self) -> None:
+    def _confirm(self, *, final: bool = False) -> None:
         """Wait for the save under way, if any, and note how it ended."""
         if self._saving is None:
             return
+        problem = None
         try:
             self._manager.wait_until_finished()
+            if self._saving not in self.steps():
+                problem = "it is not there after the save"
         except Exception as error:  # any failure of a background write
-            self._failed(error)
-            return
-        if self._saving not in self.steps():
-            self._failed(FileNotFoundError("it is not there after the save"))
+            problem = words(error)
+        self._agreed += 1
+        told = self._peers.share(f"checkpoint/{self._agreed}", problem)
+        failed = {n: said for n, said in enumerate(told) if said is not None}
+        if failed:
+            said = [f"{self._peers.name(n)}: {words}" for n, words in failed.items()]
+            self._failed(problem if len(told) == 1 else "; ".join(said), final=final)
             return
         self._saving = None
         self._failures.clear()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, problem: str | None, *, final: bool = False) -> None:
         step, self._saving = self._saving, None
-        sentence = f"step {step}: {_words(error)}"
+        sentence = f"step {step}: {problem}"
         self._failures.append(sentence)
+        pause = self.RETRY_S[min(len(self._failures), len(self.RETRY_S)) - 1]
+        self._retry_at = time.monotonic() + pause
         # After an error orbax has already forgotten the checkpoints it meant to delete, and keeps
         # the unfinished folder: a new manager reads the truth from disk and tidies up.
         self._shut()
         self._manager = self._open()
-        self._report(f"saving a checkpoint failed, {sentence}; {self._what_is_left()}")
-        if len(self._failures) >= self.FAILURES_BORNE:
+        self._report(
+            f"saving a checkpoint failed, {sentence}; {self._what_is_left()} It is tried again."
+        )
+        if len(self._failures) >= self.FAILURES_BORNE and not final:
             raise UserError(
                 f"{len(self._failures)} saves in a row failed in {self.folder}:\n"
                 + "\n".join(f"  - {line}" for line in self._failures)
@@ -294,16 +337,16 @@ class Checkpoints:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise _Damaged(f"its meta file cannot be read: {_words(error)}") from error
+            raise Damaged(f"its meta file cannot be read: {words(error)}") from error
         if not isinstance(document, dict) or "arrays" not in document:
-            raise _Damaged("its meta file is not one of ours")
+            raise Damaged("its meta file is not one of ours")
         if document.get("format") != FORMAT:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} has the format "
                 f"{document.get('format')!r}; this version reads {FORMAT!r}"
             )
         if document.get("step") != step:
-            raise _Damaged(f"it is a copy of the checkpoint of step {document.get('step')}")
+            raise Damaged(f"it is a copy of the checkpoint of step {document.get('step')}")
         return document
 
     def _read(self, step: int, abstract: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -326,10 +369,10 @@ class Checkpoints:
             state = state if isinstance(abstract, dict) else state[_WHOLE]
             found = digest(state)
         except Exception as error:  # whatever a truncated or missing file leads to
-            raise _Damaged(f"its arrays cannot be read: {_words(error)}") from error
+            raise Damaged(f"its arrays cannot be read: {words(error)}") from error
         wrong = [path for path, entry in found.items() if entry["sum"] != arrays[path]["sum"]]
         if wrong:
-            raise _Damaged(
+            raise Damaged(
                 f"{len(wrong)} of {len(found)} arrays have other contents than were saved, "
                 f"the first is {wrong[0]}"
             )
@@ -359,64 +402,3 @@ def _as_abstract(leaf: Any) -> Any:
     # Without a sharding orbax would ask for the devices that saved it.
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_folder(folder: Path, read_only: bool) -> None:
-    if not folder.exists():
-        if read_only:
-            raise UserError(f"there is no checkpoint folder {folder}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the checkpoint folder {folder}: {error}") from error
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file; a folder for checkpoints is needed")
-    strange = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if not (entry.name.isdigit() or entry.name.startswith("damaged-") or "tmp" in entry.name)
-    )
-    raise_problems(
-        f"{folder} holds other things than checkpoints of this program",
-        strange,
-        advice="Choose another output folder.",
-    )
-
-
-class _Damaged(Exception):
-    """A checkpoint that is there but cannot be trusted."""
-
-
-def _words(error: BaseException) -> str:
-    """An error in one line; tensorstore's go on for pages and name the cause last."""
-    text = str(error).strip()
-    for cause in map(os.strerror, _DISK_ERRORS):
-        if cause.lower() in text.lower():
-            return cause
-    first = text.splitlines()[0][:200] if text else ""
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _quiet_orbax(record: logging.LogRecord) -> bool:
-    """A logging filter: drop orbax's tracebacks (we report them in a sentence) and one notice."""
-    if record.name == "asyncio":  # of reads that nobody waited for after another had failed
-        return "orbax" not in record.getMessage()
-    if "orbax" not in record.pathname:
-        return True
-    return not (record.exc_info or str(record.msg).startswith("Given directory is read only"))
-
-
-class _QuietHook:
-    """Python's hook for errors that nobody can catch, without those of writes that came too late.
-
-    When one array of a save fails (a full disk), orbax ends its event loop, and tensorstore still
-    wants to tell it of the other arrays: a page of tracebacks beside the sentence that we print.
-    """
-
-    def __init__(self, before: Callable[[Any], Any]):
-        self._before = before
-
-    def __call__(self, unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            self._before(unraisable)

@@ -23,9 +23,14 @@ from vlm2vec_jax.training.step import StepSpec
 _CONSOLE = Console(stderr=True)
 
 
-def warn(message: str) -> None:
-    """Print a sentence that must not be missed."""
-    _CONSOLE.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+def warn(message: str, origin: str = "") -> None:
+    """Print a sentence that must not be missed; `origin` is the process that has it to say."""
+    _CONSOLE.print(
+        f"warning: {origin + ': ' if origin else ''}{message}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def start(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,15 @@ from jax.sharding import Mesh
 
 from vlm2vec_jax import config as config_lib
 from vlm2vec_jax.config import Config
-from vlm2vec_jax.data import mmeb, verify
-from vlm2vec_jax.data.mixture import Mixture
-from vlm2vec_jax.data.pipeline import Batches, BatchStats
-from vlm2vec_jax.data.pipeline import batches as read_batches
+from vlm2vec_jax.data.pipeline import BatchStats
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.losses import LossOptions, choose_form
 from vlm2vec_jax.models.base import Backbone, Processor
 from vlm2vec_jax.models.folders import ModelSource, local_folder
 from vlm2vec_jax.models.loading import Model, add_adapter, flatten, load_model, open_processor
 from vlm2vec_jax.nn.compute import Compute
-from vlm2vec_jax.record import NAME, identity, make_record, read_record, write_json
+from vlm2vec_jax.record import make_record, read_record
 from vlm2vec_jax.training.batching import BatchPacker, PackedStep, RowSizes, Size, choose_rows
-from vlm2vec_jax.training.checkpoint import Checkpoints
-from vlm2vec_jax.training.fingerprint import explain_difference
 from vlm2vec_jax.training.identities import identities
 from vlm2vec_jax.training.optimizer import AdamW, make_schedule
 from vlm2vec_jax.training.prompts import prompts_of
@@ -44,73 +40,6 @@ CHUNK_TOKENS = {"cpu": 4096}
 
 ACCELERATOR_CHUNK_TOKENS = 16384
 """The same where `CHUNK_TOKENS` says nothing."""
-
-_SAMPLED_BATCHES = 4
-_SAMPLED_PAIRS = 2048
-
-
-@dataclasses.dataclass
-class Data:
-    """The training data: the mixture and what there is to say about it."""
-
-    mixture: Mixture
-    batch_size: int
-    remarks: list[str]
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides which rows come when."""
-        return self.mixture.fingerprint(self.batch_size)
-
-
-def prepare_output(config: Config) -> Path:
-    """Make the output folder.
-
-    Raises:
-      UserError: if it cannot be made, or holds checkpoints that are not to be resumed from.
-    """
-    output = Path(config.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the output folder {output}: {error}") from None
-    checkpoints = output / "checkpoints"
-    if not config.checkpoint.resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
-        raise UserError(
-            f"{output} holds checkpoints of an earlier run; choose another output, remove it, or "
-            f"leave checkpoint.resume on"
-        )
-    return output
-
-
-def open_data(config: Config) -> Data:
-    """Open and verify the subsets.
-
-    Raises:
-      UserError: listing what is wrong with files, columns, rows and images.
-    """
-    sources = mmeb.open_train(
-        config.data.path,
-        config_lib.subset_names(config),
-        config.data.split,
-        image_root=config.data.image_root,
-        limit=config.data.max_examples_per_subset,
-        follow_symlinks=config.data.follow_symlinks,
-    )
-    remarks = []
-    if config.data.on_bad_example == "skip":
-        good = verify.good_rows(sources, config.data.image_root or None, headers=True)
-        for subset, reasons in good.skipped.items():
-            told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-            remarks.append(f"{subset}: rows left out: {told}")
-        sources = [source for source in good.sources if len(source)]
-    else:
-        verify.report(
-            verify.verify_train(sources, config.data.image_root or None, headers=True),
-            advice="--config.data.on_bad_example=skip leaves such rows out and counts them.",
-        )
-    mixture = Mixture(sources, config.seed, sub_batch=config.data.sub_batch)
-    return Data(mixture, config.batch_size, remarks)
 
 
 def load(config: Config, mesh: Mesh) -> tuple[Model, Processor, AdapterConfig | None]:
@@ -227,10 +156,9 @@ def record_of(
 
 
 def choose_packing(
-    config: Config, data: Data, processor: Processor, model: Model, shards: int
+    config: Config, sizes: Sequence[Size], model: Model, shards: int
 ) -> tuple[RowSizes, bool]:
     """Row lengths, and whether a whole batch fits in one chunk, from a sample of the data."""
-    sizes = sample_sizes(data, processor, config.loss.negatives)
     rows = choose_rows(
         sizes,
         longest=model.backbone.max_tokens(model.config),
@@ -242,24 +170,6 @@ def choose_packing(
     return rows, config.grad_cache == "off" or (config.grad_cache == "auto" and fits)
 
 
-def sample_sizes(data: Data, processor: Processor, negatives: int = 0) -> list[Size]:
-    """Sizes of all inputs of the first batches; rows that cannot be read do not count here."""
-    sizes = []
-    for step in range(_SAMPLED_BATCHES):
-        for source, position in data.mixture.batch_indices(step, data.batch_size).tolist():
-            try:
-                example = data.mixture.sources[source][position]
-                inputs = [example.query, example.positive, *example.negatives[:negatives]]
-                sizes += [processor.length(item) for item in inputs]
-            except (UserError, OSError):
-                continue
-            if len(sizes) >= 2 * _SAMPLED_PAIRS:
-                return sizes
-    if not sizes:
-        raise UserError("none of the first rows of the data can be read")
-    return sizes
-
-
 def chunk_tokens(config: Config) -> int:
     """Tokens that one device embeds at a time."""
     platform = jax.devices()[0].platform
@@ -267,15 +177,21 @@ def chunk_tokens(config: Config) -> int:
 
 
 def packer(
-    config: Config, rows: RowSizes, plain: bool, processor: Processor, shards: int
+    config: Config,
+    rows: RowSizes,
+    plain: bool,
+    processor: Processor,
+    shards: int,
+    part: tuple[int, int] = (0, 1),
 ) -> BatchPacker:
-    """What packs every batch of the run."""
+    """What packs every batch of the run; `part` is the block of rows that this process holds."""
     return BatchPacker(
         rows,
         processor.visual_layout,
         chunk_tokens=None if plain else chunk_tokens(config) * shards,
         row_multiple=shards,
         negatives=config.loss.negatives,
+        part=part,
     )
 
 
@@ -373,39 +289,6 @@ def trainer(config: Config, model: Model, mesh: Mesh) -> Trainer:
     )
 
 
-def run_identity(config: Config, data: Data) -> dict[str, Any]:
-    """What a checkpoint must agree on with the run that resumes from it."""
-    return {"config": config_lib.to_dict(config), "mixture": data.fingerprint}
-
-
-def resume(config: Config, checkpoints: Checkpoints, trainer: Trainer, data: Data) -> int:
-    """Put the newest good checkpoint into the trainer; returns the steps already done.
-
-    Raises:
-      UserError: if the checkpoint belongs to another configuration or other data, field by field.
-    """
-    meta = checkpoints.read_meta()
-    if meta is not None:
-        before = config_lib.from_dict(meta["config"])
-        problems = config_lib.diff(before, config, deciding_only=True)
-        now = data.fingerprint
-        problems += [f"data: {line}" for line in explain_difference(meta["mixture"], now)]
-        trained_from = meta.get("record", {}).get("base", {}).get("identity")
-        if trained_from and trained_from != identity(local_folder(config.model.path)):
-            problems.append(f"model.path: {config.model.path} holds other weights than before")
-        raise_problems(
-            f"{config.output} was trained with another configuration or other data",
-            problems,
-            advice="Use the old settings, or another output.",
-        )
-    found = checkpoints.restore_latest(trainer.saved())
-    if found is None:
-        return 0
-    step, state, _ = found
-    trainer.restore(state)
-    return step
-
-
 def trackers(config: Config, output: Path, done: int) -> list[Tracker]:
     """TensorBoard and Weights & Biases, as far as wanted; for the first process only."""
     wanted = config.tracking
@@ -416,28 +299,6 @@ def trackers(config: Config, output: Path, done: int) -> list[Tracker]:
         wandb=wanted.wandb,
         project=wanted.project,
         config=config_lib.to_dict(config),
-    )
-
-
-def write_records(output: Path, config: Config, record: dict[str, Any]) -> None:
-    """Write config.json and vlm2vec.json."""
-    write_json(output / "config.json", config_lib.to_dict(config))
-    write_json(output / NAME, record)
-
-
-def batches(
-    config: Config, data: Data, processor: Processor, packer: BatchPacker, done: int
-) -> Batches:
-    """Packed batches from the first step that is still to do."""
-    return read_batches(
-        data.mixture,
-        config.batch_size,
-        start_step=done,
-        encode=processor.encode,
-        pack=packer,
-        workers=config.data.workers or min(16, os.cpu_count() or 1),
-        on_bad_example=config.data.on_bad_example,  # type: ignore[arg-type]
-        negatives=config.loss.negatives,
     )
 
 

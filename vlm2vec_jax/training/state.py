@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm2vec_jax.models.loading import Model, fill, flatten, split_trainable
-from vlm2vec_jax.parallel.mesh import batch_spec
+from vlm2vec_jax.parallel.mesh import batch_spec, row_part
+from vlm2vec_jax.training.guard import guarded
 from vlm2vec_jax.training.optimizer import AdamW
 from vlm2vec_jax.training.step import StepSpec, TrainBatch, TrainState, train_step
 from vlm2vec_jax.training.temperature import Temperature
@@ -70,7 +71,7 @@ class Trainer:
         """The jitted step (state, frozen, batch, key) -> (state, metrics); donates the state."""
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(
-            functools.partial(train_step, self.graphdef, self.optimizer, spec),
+            functools.partial(guarded(train_step), self.graphdef, self.optimizer, spec),
             donate_argnums=0,
             out_shardings=(placed, NamedSharding(self.mesh, PartitionSpec())),
         )
@@ -84,8 +85,11 @@ class Trainer:
         rows = NamedSharding(self.mesh, batch_spec(1))
         whole = NamedSharding(self.mesh, PartitionSpec())
 
+        parts = row_part(self.mesh)[1]
+
         def spread(leaf):
-            return jax.make_array_from_process_local_data(rows, leaf)
+            shape = (leaf.shape[0], leaf.shape[1] * parts, *leaf.shape[2:])
+            return jax.make_array_from_process_local_data(rows, leaf, shape)
 
         groups = tuple(
             type(group)(
