@@ -28,7 +28,7 @@ from vlm2vec_jax.models.loading import flatten
 from vlm2vec_jax.models.phi3v.config import from_hf
 from vlm2vec_jax.models.phi3v.weights import table as phi3v_table
 from vlm2vec_jax.parallel.mesh import make_mesh
-from vlm2vec_jax.training import setup
+from vlm2vec_jax.training import going_on, setup
 from vlm2vec_jax.training.checkpoint import Checkpoints
 from vlm2vec_jax.weights.adapters import load_adapter, merge
 from vlm2vec_jax.weights.load import load_host
@@ -78,7 +78,7 @@ def saved(request, goldens, tmp_path_factory):
     }
     state = trainer.saved() | {"params": moved}
     output.mkdir()
-    setup.write_records(output, config, setup.record_of(config, model, processor, adapter))
+    going_on.write_records(output, config, setup.record_of(config, model, processor, adapter))
     with Checkpoints(output / "checkpoints") as checkpoints:
         checkpoints.save(STEPS, state, {"step": STEPS}, force=True)
     return request.param, output, moved

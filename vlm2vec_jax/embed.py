@@ -245,7 +245,7 @@ def join(args: Any) -> Any:
     given = (args.coordinator, args.num_processes, args.process_id)
     if not args.distributed and all(value is None for value in given):
         return Team()
-    from vlm2vec_jax.parallel.mesh import initialize_distributed
+    from vlm2vec_jax.parallel.peers import initialize_distributed
 
     initialize_distributed(*given)
     return DistributedTeam()

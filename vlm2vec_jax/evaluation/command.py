@@ -78,7 +78,7 @@ def join_processes(args: Any):
     given = (args.coordinator, args.num_processes, args.process_id)
     if not args.distributed and all(value is None for value in given):
         return Hosts()
-    from vlm2vec_jax.parallel.mesh import initialize_distributed
+    from vlm2vec_jax.parallel.peers import initialize_distributed
 
     initialize_distributed(*given)
     return Processes()

@@ -107,7 +107,7 @@ class Processes(Hosts):
     """The processes that `jax.distributed` has brought together."""
 
     def __init__(self) -> None:
-        """To be called after `parallel.mesh.initialize_distributed`."""
+        """To be called after `parallel.peers.initialize_distributed`."""
         import jax
 
         self.index, self.count = jax.process_index(), jax.process_count()

@@ -18,6 +18,7 @@ import jax
 
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.parallel.cluster import Place
+from vlm2vec_jax.parallel.cluster import place as find_place
 from vlm2vec_jax.parallel.rollcall import roll_call
 
 HEARTBEAT_S = 60
@@ -219,3 +220,27 @@ def _client() -> Any:
     if client is None:
         raise RuntimeError("the processes have not joined")
     return client
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_s: int = 300,
+) -> Peers:
+    """`join` for those who have no environment to hand in: jax looks for it itself.
+
+    Args:
+      coordinator: `host:port` of process 0; all three are given or none.
+      num_processes: how many processes take part.
+      process_id: number of this one, from 0.
+      timeout_s: how long to wait for the others, seconds.
+
+    Raises:
+      UserError: if only some of the three are given, or the processes do not come together.
+    """
+    given = (coordinator, num_processes, process_id)
+    detect = all(value is None for value in given)
+    place = find_place(*given, detect=detect, environment={}, timeout_s=timeout_s)
+    return join(place, timeout_s=timeout_s)

@@ -25,6 +25,7 @@ from vlm2vec_jax.models.loading import Model, add_adapter, flatten, load_model, 
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.record import make_record, read_record
 from vlm2vec_jax.training.batching import BatchPacker, PackedStep, RowSizes, Size, choose_rows
+from vlm2vec_jax.training.data import Data
 from vlm2vec_jax.training.identities import identities
 from vlm2vec_jax.training.optimizer import AdamW, make_schedule
 from vlm2vec_jax.training.prompts import prompts_of
