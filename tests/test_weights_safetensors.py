@@ -111,9 +111,8 @@ def test_pickles_are_refused_with_the_way_out(tmp_path, name):
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(UserError) as error:
             Checkpoint(path)
-        assert "weights_only=True" in str(error.value) and name in str(error.value)
-        target = name.replace("pytorch_", "").replace(".bin", ".safetensors")
-        assert f'"{target}"' in str(error.value)
+        assert name in str(error.value)
+        assert f"vlm2vec_jax.weights.from_bin {tmp_path} --output" in str(error.value)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 200, -1])

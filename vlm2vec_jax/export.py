@@ -13,7 +13,6 @@ library's files. What comes out is a model folder like any other: `embed`, `eval
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,13 @@ from vlm2vec_jax.weights.adapter_config import (
     read_config,
 )
 from vlm2vec_jax.weights.card import model_card
-from vlm2vec_jax.weights.export import check_output, export_hf, export_merged, export_peft
+from vlm2vec_jax.weights.export import (
+    check_output,
+    export_hf,
+    export_merged,
+    export_peft,
+    size_of,
+)
 from vlm2vec_jax.weights.rules import DEFAULT_LAYOUT
 from vlm2vec_jax.weights.safetensors import DEFAULT_SHARD_BYTES, FLOATS, Checkpoint
 from vlm2vec_jax.weights.sentence_transformers import SentenceTransformers, write_files
@@ -304,22 +309,6 @@ class _Writer:
             exported["adapter"] = record["adapter"]
             record = {**record, "adapter": None}
         return {**record, "exported": exported}
-
-
-def size_of(text: int | str) -> int:
-    """Bytes of a size as `5GB`, `500MB`, `2GiB` or a plain number.
-
-    Raises:
-      UserError: if it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    size = 0
-    if match:
-        step = 1024 if match[3] else 1000
-        size = int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
-    if size < 1:
-        raise UserError(f"--max_shard_size {text!r} is no size; write it as 5GB, 500MB or 2GiB")
-    return size
 
 
 def adapter_of(source: ModelSource) -> AdapterConfig | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -165,6 +166,22 @@ def export_peft(
     return Path(output)
 
 
+def size_of(text: int | str) -> int:
+    """Bytes of a size as `5GB`, `500MB`, `2GiB` or a plain number.
+
+    Raises:
+      UserError: if it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    size = 0
+    if match:
+        step = 1024 if match[3] else 1000
+        size = int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise UserError(f"--max_shard_size {text!r} is no size; write it as 5GB, 500MB or 2GiB")
+    return size
+
+
 @contextlib.contextmanager
 def staged(output: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary folder that becomes `output` when the block ends well.
@@ -245,7 +262,7 @@ def _export(
     written: set[str] = set()
     with Checkpoint(source) as checkpoint, staged(output, force=force) as folder:
         write(folder, _tensors(job, checkpoint, written), shard_bytes=job.shard_bytes)
-        _copy_files(source, folder)
+        copy_files(source, folder)
         _record_dtype(source, folder, written)
         _write_json(folder / RECORD, record)
         for put in extra:
@@ -324,11 +341,13 @@ def _host_leaf(job: _Job, path: str) -> np.ndarray:
     return merge_leaf(job.flat[path], a, b, m, job.scaling[linear], dtype=np.float32)
 
 
-def _copy_files(source: Path, folder: Path) -> None:
+def copy_files(source: Path, folder: Path, *, adapter: bool = False) -> None:
+    """Copy what belongs to a model besides its weights and card (of an adapter, its settings)."""
     for file in sorted(source.iterdir()):
         if file.is_dir() and file.name in _COPIED_FOLDERS:
             shutil.copytree(file, folder / file.name)
-        if not file.is_file() or file.name in _LEFT or file.name.endswith(".index.json"):
+        left = _LEFT - {CONFIG} if adapter else _LEFT
+        if not file.is_file() or file.name in left or file.name.endswith(".index.json"):
             continue
         if file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_STEMS:
             shutil.copyfile(file, folder / file.name)

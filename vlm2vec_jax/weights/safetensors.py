@@ -47,11 +47,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE_ADVICE = """\
-Pickled weights are not read, because opening a pickle can run code. Where torch is installed,
-re-save them as safetensors (clones, because tensors that share memory cannot be saved):
-  import torch; from safetensors.torch import save_file
-  save_file({{k: v.clone() for k, v in torch.load("{source}", weights_only=True).items()}}, \
-"{target}", metadata={{"format": "pt"}})"""
+Pickled weights are not read, because opening a pickle can run code. Where torch is installed, this
+writes the same model as safetensors (it opens them with weights_only=True, which runs no code):
+  python -m vlm2vec_jax.weights.from_bin {source} --output {target}"""
 
 
 class Checkpoint:
@@ -355,14 +353,8 @@ def _find(path: Path) -> tuple[Path | None, list[Path]]:
 
 
 def _refusal(files: list[Path]) -> str:
-    target = (
-        ADAPTER
-        if files[0].name.startswith("adapter")
-        else SINGLE
-        if len(files) == 1
-        else f"{files[0].stem}.safetensors"
-    )
-    advice = _PICKLE_ADVICE.format(source=files[0].name, target=target)
+    folder = files[0].parent
+    advice = _PICKLE_ADVICE.format(source=folder, target=f"{folder.name}-safetensors")
     more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
     return f"{files[0]}{more} is a pickled checkpoint.\n{advice}"
 
