@@ -70,8 +70,9 @@ def test_what_training_asks_of_a_source(both):
     stored, plain = open_train(records), open_train(data)
     assert [s.subset for s in stored] == ["A", "B-2"] == [s.subset for s in plain]
     assert verify.verify_train(stored, headers=True) == []
-    prints = [Mixture(s, 0).fingerprint(4) for s in (stored, plain)]
-    assert prints[0] == prints[1]
+    orders = [Mixture(s, 0).batch_indices(3, 4).tolist() for s in (stored, plain)]
+    assert orders[0] == orders[1]
+    assert Mixture(stored, 0).fingerprint(4)["subsets"]["A"]["rows_in_file"] == 11
     good = verify.good_rows(stored)
     assert [row.index for row in good.sources[1].select(np.array([1, 3])).take([0, 1])] == [1, 3]
     assert len(open_train(records, limit=2)[0]) == 2

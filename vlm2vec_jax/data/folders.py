@@ -27,6 +27,9 @@ INSTRUCTION_COLUMNS = ("qry_inst", "tgt_inst")
 PAIR_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 """Files of own pairs."""
 
+OWN_SPLIT = "pairs"
+"""What the one split of own pairs is called where a name is needed."""
+
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.parquet")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec_jax.data.arrow import read_schema
-from vlm2vec_jax.data.folders import EVAL_COLUMNS, TRAIN_COLUMNS, list_splits, pair_files
+from vlm2vec_jax.data.folders import EVAL_COLUMNS, OWN_SPLIT, TRAIN_COLUMNS, list_splits, pair_files
 from vlm2vec_jax.data.mmeb import EvalSource, TrainSource
 from vlm2vec_jax.errors import UserError, raise_problems
 
@@ -86,7 +86,7 @@ def _parts(
     own = pair_files(data)
     if not own and not data.is_dir():
         raise UserError(f"{data}: no such data folder or file")
-    found: list[tuple[str, str, type[AnySource]]] = [(name, "pairs", TrainSource) for name in own]
+    found: list[tuple[str, str, type[AnySource]]] = [(name, OWN_SPLIT, TrainSource) for name in own]
     folders = [] if own else [p for p in sorted(data.iterdir()) if p.is_dir() and p.name[0] != "."]
     for folder in folders:
         for split, files in list_splits(folder).items():

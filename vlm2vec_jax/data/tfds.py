@@ -26,7 +26,7 @@ from PIL import Image
 
 from vlm2vec_jax.data import verify
 from vlm2vec_jax.data.arrow import BATCH_ROWS, STRING, STRINGS
-from vlm2vec_jax.data.folders import NEGATIVE_COLUMNS, TRAIN_COLUMNS, tfds_folders
+from vlm2vec_jax.data.folders import NEGATIVE_COLUMNS, OWN_SPLIT, TRAIN_COLUMNS, tfds_folders
 from vlm2vec_jax.data.manifest import hash_file
 from vlm2vec_jax.data.mmeb import EvalSource, TrainRow, TrainSource
 from vlm2vec_jax.data.paths import SEPARATOR
@@ -309,6 +309,8 @@ class TfdsSource(TrainSource):
                 f"{self.folder}: needs features query, positive, negatives in array_record files; "
                 f"it has {', '.join(sorted(names))} in {kind}"
             )
+        if set(splits) == {OWN_SPLIT}:  # own pairs have no splits, here as in their files
+            self.split = OWN_SPLIT
         if self.split not in splits:
             raise UserError(
                 f"{self.folder}: no split {self.split!r}; splits there: {', '.join(splits)}"
