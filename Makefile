@@ -2,6 +2,7 @@
 # make demo       a small model learns mini-MMEB from nothing; ends with scores and a report
 # make test       all tests that need neither an accelerator nor real weights
 # make test-fast  the same without the slow ones
+# make test-torch what needs torch, transformers' models and peft; in an environment of its own
 # make lint       ruff (lint and format), pyright, shellcheck
 # make clean      remove the demonstration's files and caches; the environment stays
 #
@@ -9,6 +10,7 @@
 # ARGS are handed to pytest: make test ARGS="tests/test_config.py -x"
 
 VENV ?= .venv
+VENV_TORCH ?= .venv-torch
 PY := $(VENV)/bin/python
 DEMO := runs/demo
 DEMO_ENV := JAX_PLATFORMS=cpu
@@ -18,7 +20,7 @@ REQUIREMENTS := pyproject.toml requirements.txt requirements-dev.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-torch lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -51,6 +53,9 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "$(EXCLUDED) and not slow" $(ARGS)
 
+test-torch: $(VENV_TORCH)/.installed
+	$(VENV_TORCH)/bin/python -m pytest -m torch $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -71,6 +76,12 @@ $(PY):
 	    fi; \
 	done; \
 	echo "no python 3.11 or newer was found on the path" >&2; exit 1
+
+$(VENV_TORCH)/.installed: pyproject.toml requirements.txt requirements-torch.txt | $(PY)
+	@test -x $(VENV_TORCH)/bin/python || $(PY) -m venv $(VENV_TORCH)
+	@echo "installing torch and what is compared with it (some minutes)"
+	$(VENV_TORCH)/bin/python -m pip install -q -r requirements-torch.txt
+	@touch $@
 
 $(VENV)/.installed: pyproject.toml requirements.txt | $(PY)
 	@echo "installing the requirements (a minute or more)"
