@@ -257,16 +257,24 @@ def photo(rng: np.random.Generator, rows: int, columns: int, question: int) -> E
     return EncodedInput(tokens, features, place, visual, len(info))
 
 
-def right_padded(items: Sequence[EncodedInput]) -> PackedBatch:
+def right_padded(
+    items: Sequence[EncodedInput],
+    layout: VisualLayout = LAYOUT,
+    multiple: int = 1,
+    units: int = 0,
+) -> PackedBatch:
     """One input to a row, all rows as long as the longest; inputs with images in front.
 
     Crops are given for those alone (the reference, too, spares texts its vision tower), so
-    `visual` has fewer rows than the rest.
+    `visual` has fewer rows than the rest. The length is rounded up to a multiple, where a program
+    for each would take too long to compile; an image has at least `units` crops.
     """
     order = sorted(range(len(items)), key=lambda i: items[i].units == 0)
     pictures = sum(item.units > 0 for item in items)
-    shape = RowShape(max(map(len, items)), max(item.units for item in items), 1)
-    batch = fill([[i] for i in order], items, shape, LAYOUT)
+    length = -(-max(map(len, items)) // multiple) * multiple
+    most = max(item.units for item in items)
+    shape = RowShape(length, max(most, units) if most else 0, 1)
+    batch = fill([[i] for i in order], items, shape, layout)
     return batch._replace(visual={name: leaf[:pictures] for name, leaf in batch.visual.items()})
 
 

@@ -410,3 +410,44 @@ def test_shares_are_all_inputs_once_and_about_even(count):
         images = [inputs[n][1] for n in part if inputs[n][1]]
         assert len([k for k, _ in itertools.groupby(images)]) == len(set(images))
         assert abs(len(images) - 50 / count) <= 3
+
+
+# --------------------------------------------------------------------------- hostile result folders
+
+
+def snapshot(folder, without):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and not p.is_symlink() and without not in p.parents
+    }
+
+
+def test_nothing_is_written_outside_the_output_and_nothing_run(data, tmp_path):
+    """Results of somebody else: links that lead away, a pickled file, another model's scores."""
+    output, away = tmp_path / "out", tmp_path / "away"
+    evaluate(FakeEncoder("other"), data, output)
+    away.mkdir()
+    for name in ("ImageNet-1K_score.json", "ImageNet-1K_pred.jsonl", "scores.json", "scores.md"):
+        (away / name).write_bytes((output / name).read_bytes())
+        (output / name).unlink()
+        (output / name).symlink_to(away / name)
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    np.savez(output / "MSCOCO_t2i_embeddings.npz", keys=np.array([Evil()], object))
+    before = snapshot(tmp_path, output)
+    found, said = evaluate(FakeEncoder("ours"), data, output)
+    assert found == evaluate(FakeEncoder("ours"), data, tmp_path / "fresh")[0]
+    shutil.rmtree(tmp_path / "fresh")
+    assert snapshot(tmp_path, output) == before
+    assert not (tmp_path / "executed").exists()
+    assert any("other" in s and "ours" in s for s in said)
+    assert any("MSCOCO_t2i_embeddings.npz cannot be read" in s for s in said)
+
+
+def test_a_subset_whose_name_is_a_path_stays_in_the_output(data, tmp_path):
+    with pytest.raises(UserError, match="no subset"):
+        run.choose_subsets(data, ["../data/ImageNet-1K"], tmp_path / "out")

@@ -43,7 +43,13 @@ def define(values: flags.FlagValues) -> None:
         "subsets", None, "names of subsets, with commas; all by default", flag_values=values
     )
     text("output", "folder for scores, predictions and embeddings", required=True)
-    text("image_root", "what image paths in the data are relative to; --data by default")
+    text("image_root", "what image paths are relative to; found in or below --data by default")
+    flags.DEFINE_bool(
+        "follow_symlinks",
+        False,
+        "open images to which a link leads out of the image root",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         "similarity", "cosine", SIMILARITIES, "how a target is scored", flag_values=values
     )
@@ -87,6 +93,7 @@ def main(args: Any) -> None:
         args.subsets,
         output=args.output,
         image_root=args.image_root,
+        follow_symlinks=args.follow_symlinks,
         settings=settings,
         encode_options=options,
         say=say,

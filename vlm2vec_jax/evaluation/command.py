@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from absl import flags
@@ -89,8 +90,8 @@ def make_encoder(args: Any, say: Any) -> tuple[Any, dict[str, Any]]:
     if args.vectors:
         from vlm2vec_jax.evaluation.encoders import SavedVectors
 
-        root = args.image_root or args.data
-        return SavedVectors(args.vectors, root, ids=args.vector_ids, name=args.name), {}
+        roots = [args.image_root] if args.image_root else image_roots(args.data)
+        return SavedVectors(args.vectors, roots, ids=args.vector_ids, name=args.name), {}
     if args.encoder:
         from vlm2vec_jax.evaluation.encoders import Callback
 
@@ -100,10 +101,15 @@ def make_encoder(args: Any, say: Any) -> tuple[Any, dict[str, Any]]:
     return make_embedder(args, say)
 
 
+def image_roots(data: str) -> list[str]:
+    """What image paths of a data folder may be relative to."""
+    from vlm2vec_jax.data.paths import IMAGE_FOLDERS
+
+    return [str(data), *(os.path.join(data, name) for name in IMAGE_FOLDERS)]
+
+
 def make_endpoint(args: Any, say: Any):
     """The server behind the flags."""
-    import os
-
     from vlm2vec_jax.evaluation.endpoint import Endpoint
 
     if not args.endpoint_model:

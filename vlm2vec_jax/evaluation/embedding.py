@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlm2vec_jax.data.mmeb import to_input
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.evaluation import store
 from vlm2vec_jax.evaluation.hosts import Hosts, Identity, arrange, share
@@ -52,6 +51,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+    def input(self, key: Key, /) -> MultimodalInput:
+        """The input that a key stands for, its images as paths."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +102,14 @@ def plan_subset(
     identities, files = [], {}
     for key in keys:
         paths = []
-        for image in to_input(key, source.image_root).images:
+        images_of_key = source.input(key).images
+        for k, image in enumerate(images_of_key):
             if not isinstance(image, (str, os.PathLike)):
                 raise TypeError("an evaluation source names images by path")
             path = Path(os.path.abspath(image))
             paths.append(str(path))
             # Named by what the row says, so that moving the folder changes nothing.
-            files[key[1]] = path
+            files[key[1] if len(images_of_key) == 1 else f"{key[1]} {k}"] = path
         identities.append((key[0], tuple(paths)))
     embedded_from = {
         **made_with,
@@ -177,7 +181,7 @@ class Embedding:
                 if self.mine is not None and identity not in self.mine:
                     continue
                 if not any(identity in known for known in (self.held, stored, fresh)):
-                    fresh[identity] = to_input(key, plan.source.image_root)
+                    fresh[identity] = plan.source.input(key)
             self._tell(number, plan, len(fresh) - before, len(there), path.name)
             waiting.append(plan)
             # A subset that is there already need not wait for others.

@@ -46,7 +46,7 @@ class SavedVectors:
     def __init__(
         self,
         path: str | os.PathLike,
-        image_root: str | os.PathLike,
+        image_root: str | os.PathLike | Sequence[str | os.PathLike],
         *,
         ids: str | os.PathLike | None = None,
         name: str | None = None,
@@ -59,7 +59,8 @@ class SavedVectors:
             `.parquet` with `embedding` (lists of numbers) and `id`, or `text` and `image`;
             `.npy` [N, D], or an `.npz` of `embeddings` alone (what `vlm2vec_jax.embed` writes),
             with a file of ids.
-          image_root: what image paths of the inputs are taken relative to.
+          image_root: what image paths of the inputs are taken relative to; of several folders
+            the first that makes an id which the file has.
           ids: a text file with an id in each line, or the jsonl that was embedded (`id`, or `text`
             and `images`); by default `path` with the ending `.ids.txt` or `.jsonl`, if it exists.
           name: what to call the model in results; the file's name by default.
@@ -68,7 +69,9 @@ class SavedVectors:
           UserError: a file that cannot be read, shapes that do not agree, an id that stands twice
             with different vectors.
         """
-        self.path, self.root = Path(path), Path(os.path.abspath(image_root))
+        one = isinstance(image_root, (str, os.PathLike))
+        roots = [image_root] if one else image_root
+        self.path, self.roots = Path(path), [os.path.abspath(r) for r in roots]  # type: ignore
         names, matrix = _read(self.path, None if ids is None else Path(ids))
         if matrix.ndim != 2 or len(matrix) != len(names) or not matrix.shape[1]:
             raise UserError(f"{path}: {len(names)} ids for vectors of shape {matrix.shape}")
@@ -105,12 +108,15 @@ class SavedVectors:
 
     def id_of(self, item: MultimodalInput) -> str:
         """The id of an input whose images are given by path."""
-        paths = []
-        for image in item.images:
-            if not isinstance(image, (str, os.PathLike)):
-                raise UserError("saved vectors need images that are given by path")
-            paths.append(os.path.relpath(os.path.abspath(image), self.root))
-        return input_id(item.text, paths)
+        found = []
+        for root in self.roots:
+            paths = []
+            for image in item.images:
+                if not isinstance(image, (str, os.PathLike)):
+                    raise UserError("saved vectors need images that are given by path")
+                paths.append(os.path.relpath(os.path.abspath(image), root))
+            found.append(input_id(item.text, paths))
+        return next((one for one in found if one in self.row), found[0])
 
 
 def _read(path: Path, ids: Path | None) -> tuple[list[str], np.ndarray]:

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from vlm2vec_jax.data.mmeb import to_input
+from vlm2vec_jax.data.paths import IMAGE_FOLDERS, SEPARATOR, unsafe_path
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.images import load_image
 from vlm2vec_jax.inputs import IMAGE_MARKER
@@ -144,10 +145,13 @@ class Pictures:
         return self.made[name]
 
     def _make(self, name: str) -> str:
+        return "".join(self._one(part) for part in name.split(SEPARATOR))
+
+    def _one(self, name: str) -> str:
         if self.root is None:
             return f'<div class="lost">{text(name)}</div>'
         try:
-            image = load_image(to_input(("", name), self.root).images[0])
+            image = load_image(to_input(("", name), self._root_of(name)).images[0])
         except (UserError, OSError) as error:
             return f'<div class="lost">no picture: {text(error)}</div>'
         small = max(image.size) <= 96
@@ -161,6 +165,14 @@ class Pictures:
             f'<img class="pic{" small" if small else ""}" alt="{text(name)}" '
             f'src="data:image/{kind};base64,{data}">'
         )
+
+    def _root_of(self, name: str) -> Path:
+        """The folder that holds an image: the root itself, or one that data folders have in it."""
+        assert self.root is not None
+        if unsafe_path(name):
+            return self.root
+        roots = (self.root, *(self.root / folder for folder in IMAGE_FOLDERS))
+        return next((root for root in roots if (root / name).is_file()), self.root)
 
     def item(self, value: dict[str, str]) -> str:
         """A query or a target: its picture, and its text without the image marker."""

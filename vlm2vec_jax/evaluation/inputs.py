@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from vlm2vec_jax.data.mmeb import open_eval, to_input
+from vlm2vec_jax.data.mmeb import open_eval
 from vlm2vec_jax.evaluation import store
 from vlm2vec_jax.evaluation.encoders import input_id
 from vlm2vec_jax.evaluation.run import choose_subsets
@@ -41,7 +41,7 @@ def list_inputs(
         for n in range(len(source)):
             row = source[n]
             for key in (row.query_key, *row.target_keys):
-                item = to_input(key, source.image_root)
+                item = source.input(key)
                 images = [
                     os.path.relpath(
                         os.path.abspath(os.fspath(i)), os.path.abspath(source.image_root)

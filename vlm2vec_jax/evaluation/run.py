@@ -41,6 +41,7 @@ def evaluate(
     *,
     output: str | os.PathLike,
     image_root: str | os.PathLike | None = None,
+    follow_symlinks: bool = False,
     settings: Settings | None = None,
     encode_options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda message: None,
@@ -56,7 +57,8 @@ def evaluate(
       output: receives `<subset>_embeddings.npz`, `<subset>_pred.jsonl`, `<subset>_score.json`,
         `scores.json`, `scores.md`. What an earlier run of the same model over the same data left
         there is used again.
-      image_root: what image paths are relative to, `data` by default.
+      image_root: what image paths are relative to; found in or below `data` by default.
+      follow_symlinks: open images to which a symbolic link leads out of the image root.
       settings: how rows are scored.
       encode_options: passed to `encoder.encode`, such as `progress=True`.
       say: receives one line of text for each thing that a user may want to know.
@@ -75,9 +77,10 @@ def evaluate(
     chosen, others = choose_subsets(data, subsets, output)
     others = hosts.agree(others)
     error: Exception | None = None
+    where: dict[str, Any] = {"image_root": image_root, "follow_symlinks": follow_symlinks}
     sources = []
     try:
-        sources = open_eval(data, chosen, image_root=image_root)
+        sources = open_eval(data, chosen, **where)
         verify.report(verify.verify_eval(sources, headers=True))
         if hosts.writes:
             store.check_folder(output)
@@ -87,7 +90,7 @@ def evaluate(
     kept = []
     for name in others:
         try:
-            kept += open_eval(data, [name], image_root=image_root)
+            kept += open_eval(data, [name], **where)
         except UserError:
             say(f"{name}: its score of an earlier run is left out, its data cannot be read now")
     return evaluate_sources(
