@@ -127,6 +127,20 @@ def test_a_signal_to_one_process_stops_both_and_one_goes_on(ground, repository, 
     assert saved == lines(output)[-1]["step"] >= 2
 
 
+def test_a_process_that_dies_does_not_leave_the_other_waiting(ground, repository):
+    """SIGKILL to process 1: process 0 ends as well, and what was saved is whole."""
+    output = ground / "dead"
+    argv = command(ground, repository, output, steps=400, checkpoint__every=1)
+    started = start(argv, repository, 2, ground / "dead")
+    limit = time.monotonic() + 200
+    while not any(p.name.isdigit() for p in (output / "checkpoints").glob("*")):
+        assert time.monotonic() < limit and all(p.poll() is None for p, _ in started)
+        time.sleep(0.05)
+    started[1][0].kill()
+    codes, texts = finish(started, timeout=200)
+    assert codes[0] not in (0, 75) and codes[1] == -signal.SIGKILL, texts[0][-3000:]
+
+
 def test_the_process_that_does_not_come_is_named(ground, repository):
     argv = command(ground, repository, ground / "alone")
     argv += ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", "2"]

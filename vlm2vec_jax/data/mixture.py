@@ -13,6 +13,7 @@ Nothing here is remembered from one batch to the next, so any step costs the sam
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ STOPPING = ("", "first_exhausted", "all_exhausted")
 """When a run ends before its last step: never, or as HF's `interleave_datasets` does."""
 
 _FINENESS = 1000
+"""Blocks in an epoch per subset, where weights decide: shares are exact to a thousandth."""
+
 _ORDER = 0  # what a key is for: the order of blocks, or the rows of subset s as s + 1
 _SAMPLED_ROWS = 64
 
@@ -86,11 +89,10 @@ class Mixture:
         if weights is not None:
             shares = np.array([weights[name] for name in names], np.float64)
             self.weights = dict(zip(names, (shares / shares.sum()).tolist(), strict=True))
-            self._counts = _in_proportion(
-                shares, max(int(self._blocks.sum()), _FINENESS * len(rows))
-            )
+            self._counts = _in_proportion(shares, _FINENESS * len(rows))
         self._ends = np.cumsum(self._counts)
         self._starts = self._ends - self._counts
+        self._weighted_epoch = functools.lru_cache(maxsize=4)(self._make_weighted_epoch)
 
     def __len__(self) -> int:
         """Rows of all sources."""
@@ -107,10 +109,9 @@ class Mixture:
         """
         block, place = np.divmod(np.asarray(positions, np.int64), self._size)
         epoch, at = np.divmod(block, int(self._ends[-1]))
-        number = permute(at, int(self._ends[-1]), keyed(self.seed, _ORDER, epoch))
-        source = np.searchsorted(self._ends, number, side="right")
-        # How many blocks of this subset are numbered before this one, since the beginning.
-        nth = epoch * self._counts[source] + number - self._starts[source]
+        source, rank = self._in_epoch(epoch, at)
+        # How many blocks of this subset come before this one, since the beginning.
+        nth = epoch * self._counts[source] + rank
         own_epoch, own_block = np.divmod(nth, self._blocks[source])
         count = self._rows[source]
         index = (own_block * self._size + place) % count
@@ -163,14 +164,44 @@ class Mixture:
         last = min(lasts) if stop == "first_exhausted" else max(lasts)
         return ((last + 1) * self._size - 1) // batch_size + 1
 
+    def _in_epoch(self, epoch: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source, and number among that source's blocks of the epoch, of blocks of the stream."""
+        if self.weights is None:
+            # Every block comes once per epoch, so their numbers may as well be shuffled.
+            number = permute(at, int(self._ends[-1]), keyed(self.seed, _ORDER, epoch))
+            source = np.searchsorted(self._ends, number, side="right")
+            return source, number - self._starts[source]
+        source, rank = np.empty_like(at), np.empty_like(at)
+        for one in np.unique(epoch).tolist():
+            mine = epoch == one
+            sources, ranks = self._weighted_epoch(one)
+            source[mine], rank[mine] = sources[at[mine]], ranks[at[mine]]
+        return source, rank
+
+    def _make_weighted_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of subsets in an epoch, and each block's number among its own, in turn.
+
+        Weighted epochs are short, whatever the number of rows, so they are laid out whole: a
+        subset's rows then come round by round, none again before all have been seen.
+        """
+        count = int(self._ends[-1])
+        number = permute(np.arange(count), count, keyed(self.seed, _ORDER, epoch))
+        source = np.searchsorted(self._ends, number, side="right")
+        order = np.argsort(source, kind="stable")
+        rank = np.empty_like(source)
+        rank[order] = np.arange(count) - self._starts[source[order]]
+        return source, rank
+
     def _last_block(self, s: int) -> int:
         """The block of the stream with which subset `s` has been gone through once."""
         per_epoch, count = int(self._ends[-1]), int(self._counts[s])
-        epoch = (int(self._blocks[s]) - 1) // count
-        left = int(self._blocks[s]) - epoch * count
-        numbers = self._starts[s] + np.arange(left, dtype=np.int64)
-        at = permute(numbers, per_epoch, keyed(self.seed, _ORDER, epoch), inverse=True)
-        return epoch * per_epoch + int(at.max())
+        epoch, rank = divmod(int(self._blocks[s]) - 1, count)
+        if self.weights is not None:
+            source, _ = self._weighted_epoch(epoch)
+            return epoch * per_epoch + int(np.flatnonzero(source == s)[rank])
+        numbers = self._starts[s] + np.arange(count, dtype=np.int64)
+        at = permute(numbers, per_epoch, keyed(self.seed, _ORDER, 0), inverse=True)
+        return int(at.max())
 
     def fingerprint(self, batch_size: int) -> dict[str, Any]:
         """Everything the batches depend on, as JSON: equal fingerprints, equal batches.

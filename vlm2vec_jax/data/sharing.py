@@ -113,14 +113,12 @@ class Assembly:
                 return SharedBatch(None, complete)
             planned, wanted = self._plan(complete)
             bad = self._fetch(complete, wanted, held)
-            failed = dict(self._tell(f"batch/{step}/{attempt}/bad", list(bad.items())))
+            hashes = [(*place, content_hash(held[place])) for place in wanted.values() if not bad]
+            told = self._tell(f"batch/{step}/{attempt}/read", [[list(bad.items()), hashes]])
+            failed = {position: said for part, _ in told for position, said in part}
             if not failed:
+                complete = _with_ids(complete, [entry for _, part in told for entry in part])
                 encoded = {item: held[place] for item, place in wanted.items()}
-                hashes = self._tell(
-                    f"batch/{step}/ids",
-                    [(*place, content_hash(held[place])) for place in wanted.values()],
-                )
-                complete = _with_ids(complete, hashes)
                 return SharedBatch(self._sharing.packer.fill(planned, encoded), complete)
             mine = {}
             for position, message in failed.items():

@@ -24,15 +24,21 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.parallel.peers import Peers
-from vlm2vec_jax.training.checkpoint_files import Damaged, check_folder, hush, words
+from vlm2vec_jax.training.checkpoint_files import (
+    WHOLE,
+    Damaged,
+    as_abstract,
+    check_folder,
+    hush,
+    parts_of,
+    words,
+)
 from vlm2vec_jax.training.fingerprint import digest, explain_arrays
 
 FORMAT = "vlm2vec_jax checkpoint 1"
-_WHOLE = "state"
 _LOG = logging.getLogger(__name__)
 
 
@@ -149,7 +155,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     meta=ocp.args.JsonSave(document),
-                    **{name: ocp.args.StandardSave(part) for name, part in _parts(state).items()},
+                    **{name: ocp.args.StandardSave(part) for name, part in parts_of(state).items()},
                 ),
                 force=True,
             )
@@ -353,7 +359,7 @@ class Checkpoints:
         if step not in self.steps():
             raise UserError(f"there is no checkpoint of step {step} in {self.folder}")
         document = self._document(step)
-        abstract = jax.tree.map(_as_abstract, abstract)
+        abstract = jax.tree.map(as_abstract, abstract)
         arrays = document["arrays"]
         if partial:
             arrays = {k: v for k, v in arrays.items() if k.split("/")[0] in abstract}
@@ -362,11 +368,11 @@ class Checkpoints:
             explain_arrays(arrays, abstract),
             advice="Use the configuration it was made with, or another output folder.",
         )
-        wanted = {n: ocp.args.StandardRestore(part) for n, part in _parts(abstract).items()}
+        wanted = {n: ocp.args.StandardRestore(part) for n, part in parts_of(abstract).items()}
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**wanted))
             state = {name: read[name]["value"] for name in wanted}
-            state = state if isinstance(abstract, dict) else state[_WHOLE]
+            state = state if isinstance(abstract, dict) else state[WHOLE]
             found = digest(state)
         except Exception as error:  # whatever a truncated or missing file leads to
             raise Damaged(f"its arrays cannot be read: {words(error)}") from error
@@ -390,15 +396,3 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged checkpoint {step} moved aside")
         self._manager.reload()
-
-
-def _parts(state: Any) -> dict[str, Any]:
-    """What is stored apart, by name; each in a dict, as orbax takes no bare arrays."""
-    parts = state if isinstance(state, dict) else {_WHOLE: state}
-    return {name: {"value": part} for name, part in parts.items()}
-
-
-def _as_abstract(leaf: Any) -> Any:
-    # Without a sharding orbax would ask for the devices that saved it.
-    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -11,7 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import SingleDeviceSharding
+
 from vlm2vec_jax.errors import UserError, raise_problems
+
+WHOLE = "state"
+"""Name of the only part of a state that is no dict."""
 
 _DISK_ERRORS = [
     getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()
@@ -91,3 +97,16 @@ class QuietHook:
         error = unraisable.exc_value
         if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             self._before(unraisable)
+
+
+def parts_of(state: Any) -> dict[str, Any]:
+    """What is stored apart, by name; each in a dict, as orbax takes no bare arrays."""
+    parts = state if isinstance(state, dict) else {WHOLE: state}
+    return {name: {"value": part} for name, part in parts.items()}
+
+
+def as_abstract(leaf: Any) -> Any:
+    """The shape, type and place of an array."""
+    # Without a sharding orbax would ask for the devices that saved it.
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
