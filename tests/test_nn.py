@@ -6,12 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vlm2vec_jax.nn.attention import Visibility, attend
 from vlm2vec_jax.nn.compute import Compute, scan_layers
+from vlm2vec_jax.nn.dropout import keep_mask
 from vlm2vec_jax.nn.linear import Linear, linears, refresh_dora_norms
 from vlm2vec_jax.nn.norm import LayerNorm, RMSNorm, l2_normalize
 from vlm2vec_jax.nn.rope import cos_sin, inverse_frequencies, rotate
+from vlm2vec_jax.parallel.mesh import make_mesh
 
 
 def normal(*shape, seed=0):
@@ -193,3 +197,24 @@ def test_scan_gives_each_layer_its_own_key():
     expected = 4.0 + sum(jax.random.normal(k) for k in jax.random.split(key, 3))
     found = scan_layers(body, jnp.float32(1), layers, compute=compute, key=key)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_dropout_masks_are_as_good_as_random():
+    """Share, independence of neighbours, of keys and of places; the same under any sharding."""
+    shape = (16, 64, 96)
+    keys = jax.random.split(jax.random.key(1), 8)
+    masks = np.stack([np.asarray(keep_mask(key, 0.25, shape)) for key in keys])
+    deviation = (0.25 * 0.75 / masks[0].size) ** 0.5
+    assert np.abs(masks.mean(axis=(1, 2, 3)) - 0.75).max() < 5 * deviation
+    flat = masks.reshape(8, -1).astype(np.float64) - 0.75
+    size = flat.shape[1]
+    for lag in (1, 2, 96, 64 * 96):
+        assert np.abs((flat[:, lag:] * flat[:, :-lag]).mean(1) / 0.1875).max() < 5 * size**-0.5
+    between = flat @ flat.T / size / 0.1875
+    assert np.abs(between - np.eye(8)).max() < 0.02
+    rows = masks.mean(axis=(0, 2, 3)), masks.mean(axis=(0, 1, 2))
+    assert all(np.abs(share - 0.75).max() < 0.03 for share in rows)
+    assert np.asarray(keep_mask(keys[0], 0.0, (5,))).all()
+    spread = NamedSharding(make_mesh(4, 2), P(("data", "fsdp")))
+    cut = jax.jit(lambda key: keep_mask(key, 0.25, shape), out_shardings=spread)(keys[0])
+    assert (np.asarray(cut) == masks[0]).all()

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlm2vec_jax.nn.dropout import keep_mask
+
 
 class DoraNorm(nnx.Variable):
     """Column norms of W + s A B: recomputed once per step, never trained, never saved."""
@@ -55,7 +57,7 @@ class Linear(nnx.Module):
         dropped = x
         drops = self.lora_dropout > 0 and key is not None
         if key is not None and drops:
-            keep = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)
+            keep = keep_mask(key, self.lora_dropout, x.shape)
             dropped = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
         low = (dropped @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
         low = (
