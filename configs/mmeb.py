@@ -13,11 +13,20 @@ of the 20 training subsets, bfloat16. Variants stand behind a colon:
     configs/mmeb.py:lora   plain LoRA of the same size
     configs/mmeb.py:full   every parameter, float32 masters
 
+and machines, alone or behind a comma, which set mesh and chunk:
+
+    configs/mmeb.py:v5e-64, configs/mmeb.py:lora,v5p-32, configs/mmeb.py:full,v6e-16,
+    configs/mmeb.py:h100-8, configs/mmeb.py:lora,h200-1
+
+`python -m vlm2vec_jax.compile` checks one without the machine; docs/compile/ has its reports.
+
 Expect two folders to be read (a model folder in Hugging Face layout and MMEB-train as it is on
 the hub, images unpacked under it), and a start-up page that names mesh, trained parameters, batch
 and memory before the first step. The batch is cut into chunks that fit, so the recipe is the same
 on one card and on a pod; `--config.mesh.fsdp=N` shares the weights among N devices.
 """
+
+import dataclasses
 
 from vlm2vec_jax.config import (
     AdapterConfig,
@@ -57,11 +66,69 @@ SUBSETS = (
 VARIANTS = {"": "dora", "dora": "dora", "lora": "lora", "full": "none"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Mesh and chunk for a machine.
+
+    Attributes:
+      adapters: (data, fsdp) where adapters are trained.
+      full: (data, fsdp) where every parameter is, with 66 GB of masters, moments and gradients.
+      chunk_tokens: of each chip.
+      full_chunk_tokens: the same where every parameter is trained.
+      checked: how it is known to fit.
+    """
+
+    adapters: tuple[int, int]
+    full: tuple[int, int]
+    chunk_tokens: int
+    full_chunk_tokens: int
+    checked: str
+
+
+UNCHECKED = "unchecked: worked out from sizes, neither compiled nor run there"
+
+PRESETS = {
+    "v5e-64": Preset((8, 8), (1, 64), 4096, 4096, UNCHECKED),
+    "v5p-32": Preset((2, 8), (1, 16), 16384, 8192, UNCHECKED),
+    "v6e-16": Preset((2, 8), (1, 16), 8192, 4096, UNCHECKED),
+    "h100-8": Preset((1, 8), (1, 8), 16384, 8192, UNCHECKED),
+    "h200-1": Preset((1, 1), (1, 1), 16384, 8192, UNCHECKED),
+}
+"""Machine -> preset. v5p counts two cores to a chip: v5p-32 has 16 chips."""
+
+
 def get_config(arg: str = "") -> Config:
-    """The recipe; `arg` is what stands behind the colon: "lora", "dora" or "full"."""
-    if arg not in VARIANTS:
-        known = ", ".join(v for v in VARIANTS if v)
-        raise UserError(f"configs/mmeb.py has no variant {arg!r}; known are {known}")
+    """The recipe.
+
+    Args:
+      arg: what stands behind the colon: "lora", "dora" or "full", a machine of `PRESETS`, or both
+        with a comma ("lora,v5e-64").
+    """
+    words = [word for word in arg.split(",") if word]
+    unknown = [word for word in words if word not in VARIANTS and word not in PRESETS]
+    if unknown:
+        known = ", ".join(v for v in (*VARIANTS, *PRESETS) if v)
+        raise UserError(
+            f"configs/mmeb.py has no variant {', '.join(map(repr, unknown))}; known are {known}"
+        )
+    kinds = [word for word in words if word in VARIANTS]
+    machines = [word for word in words if word in PRESETS]
+    if len(kinds) > 1 or len(machines) > 1:
+        raise UserError(
+            f"configs/mmeb.py:{arg} asks for {' and '.join(kinds if len(kinds) > 1 else machines)}"
+        )
+    kind = kinds[0] if kinds else ""
+    config = _recipe(kind)
+    if machines:
+        preset = PRESETS[machines[0]]
+        full = kind == "full"
+        config.mesh.data, config.mesh.fsdp = preset.full if full else preset.adapters
+        config.packing.chunk_tokens = preset.full_chunk_tokens if full else preset.chunk_tokens
+        config.grad_cache = "on"
+    return config
+
+
+def _recipe(arg: str) -> Config:
     return Config(
         model=ModelConfig(path="models/Phi-3.5-vision-instruct", dtype="bfloat16"),
         adapter=AdapterConfig(type=VARIANTS[arg], rank=8, alpha=64.0, dropout=0.1),

@@ -255,6 +255,27 @@ def test_mmeb_is_the_papers_recipe(repository):
     assert load(repository, "mmeb:full").adapter.type == "none"
 
 
+@pytest.mark.parametrize(
+    ("machine", "chips"),
+    [("v5e-64", 64), ("v5p-32", 16), ("v6e-16", 16), ("h100-8", 8), ("h200-1", 1)],
+)
+def test_presets_use_all_chips_of_their_machine(repository, machine, chips):
+    for kind in ("", "lora", "full"):
+        config = check(load(repository, f"mmeb:{','.join(filter(None, (kind, machine)))}"))
+        mesh = config.mesh
+        assert mesh.data * mesh.fsdp * mesh.tensor == chips
+        assert config.packing.chunk_tokens % 128 == 0 and config.grad_cache == "on"
+        assert config.adapter.type == {"": "dora", "lora": "lora", "full": "none"}[kind]
+        recipe = load(repository, f"mmeb:{kind}")
+        assert fingerprint(config) == fingerprint(recipe)  # where it runs decides nothing
+
+
+@pytest.mark.parametrize("name", ["mmeb:lora,full", "mmeb:v5e-64,v6e-16"])
+def test_two_kinds_or_machines_are_refused(repository, name):
+    with pytest.raises(UserError, match="asks for"):
+        load(repository, name)
+
+
 @pytest.mark.parametrize("name", ["mmeb:qlora", "mini:large"])
 def test_an_unknown_variant_is_named(repository, name):
     with pytest.raises(UserError, match=name.split(":")[1]):

@@ -7,6 +7,9 @@ where has been decided by then.
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -171,6 +174,23 @@ def test_fsdp_keeps_no_gathered_weights_without_remat(folder):
     assert stacked not in compiled.as_text()
 
 
+@pytest.mark.slow
+def test_a_chips_memory_is_level_from_16_to_256(folder, repository):
+    """The same rows per chip, a batch that grows with the chips, the loss as a ring."""
+    script = Path(__file__).with_name("chips_memory.py")
+    env = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        [sys.executable, script, folder], env=env, capture_output=True, text=True, cwd=repository
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    few, more, many = json.loads(done.stdout.splitlines()[-1]).values()
+    # Beside the activations each chip holds a few numbers for every pair of the batch.
+    assert more["temporaries"] < 1.05 * few["temporaries"], (few, more)
+    assert many["temporaries"] < 1.1 * few["temporaries"], (few, many)
+    # A layer's weights, or a share of the embeddings: nothing that grows with the batch.
+    assert few["largest_moved"] == more["largest_moved"] == many["largest_moved"]
+
+
 def _values(folder):
     """A model with values and a batch of two groups: (graphdef, params, frozen, batch)."""
     model = abstract_model(folder)
@@ -253,6 +273,24 @@ def test_sharding_table_of_the_real_model():
     found = table(leaves, shardings(leaves, mesh, model.backbone.sharding)) + "\n"
     golden = Path(__file__).parent / "golden_sharding" / "phi3v_data8_fsdp8.txt"
     assert found == golden.read_text()
+
+
+def test_sharding_table_of_full_training():
+    """Masters and both moments of every trained parameter are cut like the parameter itself."""
+    config = Config(
+        model=ModelConfig(path=str(FOLDER)), adapter=AdapterConfig(type="none"),
+        data=DataConfig(path="-"), output="-",
+    )  # fmt: skip
+    mesh = jax.sharding.AbstractMesh((1, 64, 1), ("data", "fsdp", "tensor"))
+    trainer = aot.abstract_trainer(config, mesh)  # pyright: ignore[reportArgumentType]
+    found = trainer.table() + "\n"
+    golden = Path(__file__).parent / "golden_sharding" / "phi3v_full_fsdp64.txt"
+    assert found == golden.read_text()
+    lines = {line.split("  ")[0]: line.split()[-1] for line in found.splitlines()}
+    trained = [path.removeprefix("optimizer/mu/") for path in lines if "optimizer/mu/" in path]
+    assert len(trained) > 40
+    for path in trained:
+        assert lines[path] == lines[f"optimizer/mu/{path}"] == lines[f"optimizer/nu/{path}"], path
 
 
 def test_assumed_step_of_the_recipe_packs_well():

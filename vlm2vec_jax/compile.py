@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the train step for a TPU slice on any machine, and say what it needs.
+"""Compile the train step and the embedding function for a TPU slice, and say what they need.
 
     python -m vlm2vec_jax.compile --config configs/mmeb.py --topology v5e:8x8 [--json FILE]
 
-Nothing runs and no weights are read: the model folder needs its config.json only, and the data is
-an assumed mixture, which is printed. The compiler is the TPU's own (pip install libtpu). Mesh,
-chunks and everything else come from the configuration:
+Any machine will do, and some minutes of its CPU time. Nothing runs and no weights are read: the
+model folder needs its config.json only, and the data is an assumed mixture, which is printed. The
+compiler is the TPU's own (pip install libtpu). Mesh, chunks and everything else come from the
+configuration:
 
-    python -m vlm2vec_jax.compile --config configs/mmeb.py --topology v5e:8x8 \\
-        --config.mesh.fsdp=8 --config.packing.chunk_tokens=4096
+    python -m vlm2vec_jax.compile --config configs/mmeb.py:lora,v5e-64 --topology v5e:8x8
+
+docs/scaling.md says how to read the report; docs/compile/ has some.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -61,11 +64,25 @@ def main(args: Any) -> None:
 
     shape = config.mesh
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, devices=devices(args.topology))
-    report = {"topology": args.topology, **plan.check(config, mesh, hbm)}
-    for name, words in [("topology", args.topology), *plan.words(report)]:
+    found = plan.check(config, mesh, hbm)
+    report = {"topology": args.topology, "versions": versions(), **found}
+    told = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    for name, words in [("topology", args.topology), ("versions", told), *plan.words(report)]:
         print(f"{name:12}{words}")
+    print(f"\n{report.pop('sharding')}")
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides how a program is compiled."""
+    from importlib import metadata
+
+    found = {}
+    for name in ("jax", "jaxlib", "libtpu", "flax"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def read_topology(name: str) -> tuple[str, int]:

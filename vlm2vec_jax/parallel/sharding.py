@@ -228,7 +228,7 @@ def table(abstract: Mapping[str, Any], placed: Mapping[str, NamedSharding]) -> s
         total += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         here += size
         shape = " x ".join(str(n) for n in leaf.shape) or "scalar"
-        rows.append((path, shape, np.dtype(leaf.dtype).name, _words(sharding.spec), f"{size:,}"))
+        rows.append((path, shape, np.dtype(leaf.dtype).name, _place(sharding), f"{size:,}"))
     rows.append((f"{len(abstract)} parameters", "", "", f"of {total:,} in all", f"{here:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = []
@@ -237,6 +237,10 @@ def table(abstract: Mapping[str, Any], placed: Mapping[str, NamedSharding]) -> s
         lines.append("  ".join([*cells, row[4].rjust(widths[4])]).rstrip())
     lines.insert(1, "-" * max(len(line) for line in lines))
     return "\n".join(lines)
+
+
+def _place(sharding: Any) -> str:
+    return _words(sharding.spec) if isinstance(sharding, NamedSharding) else "replicated"
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -29,9 +29,11 @@ from vlm2vec_jax.models.loading import (
     flatten,
     split_trainable,
 )
+from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.packing import ChunkedGroup, ChunkShape, PackedBatch
 from vlm2vec_jax.parallel import sharding
-from vlm2vec_jax.parallel.mesh import batch_spec
+from vlm2vec_jax.parallel.mesh import ROWS, batch_spec
+from vlm2vec_jax.parallel.sharding import constrain
 from vlm2vec_jax.training import setup
 from vlm2vec_jax.training.optimizer import AdamW
 from vlm2vec_jax.training.state import Trainer
@@ -165,3 +167,15 @@ def compile_step(
     with jax.set_mesh(trainer.mesh):
         lowered = trainer.compile_step(spec).lower(trainer.state, trainer.frozen, batch, key)
         return lowered.compile(compiler_options=options)
+
+
+def compile_embedding(trainer: Trainer, compute: Compute, group: ChunkedGroup) -> Any:
+    """Compile the forward pass alone, for a chunk of these shapes (a group of one chunk)."""
+
+    def embed(params, frozen, batch: PackedBatch) -> jax.Array:
+        chunk = jax.tree.map(lambda leaf: constrain(leaf[0], ROWS), batch)
+        return nnx.merge(trainer.graphdef, params, frozen)(chunk, compute)
+
+    with jax.set_mesh(trainer.mesh):
+        step = jax.jit(embed, out_shardings=NamedSharding(trainer.mesh, PartitionSpec(ROWS)))
+        return step.lower(trainer.state.params, trainer.frozen, group.batch).compile()

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from vlm2vec_jax.parallel.mesh import describe, row_shards
 from vlm2vec_jax.training import aot, setup
 from vlm2vec_jax.training.assumed import Mix
 from vlm2vec_jax.training.batching import BatchPacker, Size, choose_rows
+
+_USABLE = 0.95
+"""Share of a chip's memory that a program may plan with; the rest is the runtime's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,9 @@ def sample(config: Config, model: Model, mix: Mix) -> list[Size]:
     def image_size(width: int, height: int) -> tuple[int, int]:
         return model.backbone.image_size(model.config, options, width, height)
 
-    return mix.sizes(config.batch_size, image_size, config.data.max_len or 256)
+    sizes = mix.sizes(config.batch_size, image_size, config.data.max_len or 256)
+    # Hard negatives are taken to be like the targets that they resemble.
+    return sizes + sizes[config.batch_size :] * config.loss.negatives
 
 
 def shapes(config: Config, model: Model, sizes: list[Size], shards: int) -> Shapes:
@@ -87,7 +94,7 @@ def useful_flops_per_pair(config: Config, model: Model, sizes: list[Size]) -> fl
     times for full fine-tuning.
     """
     forward = sum(model.backbone.flops(model.config, *size) for size in sizes)
-    return (3 if config.adapter.type == "none" else 2) * forward / (len(sizes) / 2)
+    return (3 if config.adapter.type == "none" else 2) * forward / config.batch_size
 
 
 def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None) -> dict[str, Any]:
@@ -127,16 +134,48 @@ def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None
         "parameters_trained": trained,
         "parameters_frozen": frozen,
         "useful_flops_per_pair": useful_flops_per_pair(config, model, sizes),
+        "loss_form": spec.loss.form,
+        "sharding": trainer.table(),
         "hbm_bytes_per_chip": hbm,
     }
+    report |= _compiled(lambda: aot.compile_step(trainer, spec, batch), hbm)
+    report["largest_chunk_tokens"] = largest_chunk(report, row_shards(mesh))
+    # The group whose rows are longest needs most; all embed with the same weights.
+    longest = max(packed.chunks, key=lambda shape: (shape.row.units > 0, shape.row.tokens))
+    group = aot.abstract_group(longest._replace(chunks=1), layout, mesh)
+    embedding = _compiled(lambda: aot.compile_embedding(trainer, spec.compute, group), hbm)
+    report["embedding"] = {"rows": longest.rows, **dataclasses.asdict(longest.row), **embedding}
+    report["fits"] = report["fits"] and embedding["fits"]
+    return report
+
+
+def _compiled(build: Callable[[], Any], hbm: int) -> dict[str, Any]:
+    """`measure` of what `build` compiles, also where the compiler refuses for lack of memory."""
+    started = time.process_time()
     try:
-        compiled = aot.compile_step(trainer, spec, batch)
+        found = measure(build(), hbm)
     except jax.errors.JaxRuntimeError as error:
         needed = memory_refused(str(error))
         if needed is None:
             raise
-        return report | {"fits": False, "peak_bytes_per_chip": needed, "collectives": {}}
-    return report | measure(compiled, hbm)
+        found = {"fits": False, "peak_bytes_per_chip": needed, "collectives": {}}
+    return found | {"compile_cpu_s": round(time.process_time() - started, 1)}
+
+
+def largest_chunk(report: dict[str, Any], shards: int) -> int | None:
+    """Tokens per chip and chunk (`packing.chunk_tokens`) that should just fit, an estimate.
+
+    The temporaries of a chunk grow with its tokens and have a fixed part; all of them are taken to
+    grow, so a larger chunk than this one is estimated safely. None where nothing is known: without
+    GradCache, or where the compiler refused.
+    """
+    memory = report.get("memory")
+    if memory is None or not report["grad_cache"]:
+        return None
+    rows = max(g["rows"] // shards * g["tokens"] for g in report["groups"])
+    free = _USABLE * report["hbm_bytes_per_chip"] - memory["arguments"] - memory["results"]
+    most = int(rows * free / max(memory["temporaries"], 1))
+    return max(most // 128 * 128, 0)
 
 
 def measure(compiled: Any, hbm: int) -> dict[str, Any]:
@@ -151,7 +190,7 @@ def measure(compiled: Any, hbm: int) -> dict[str, Any]:
     found = hlo.collectives(compiled)
     largest = sorted(found, key=lambda op: -op.bytes)[:5]
     return {
-        "fits": peak <= hbm,
+        "fits": peak <= _USABLE * hbm,
         "peak_bytes_per_chip": peak,
         "memory": parts,
         "collectives": hlo.by_kind(found),
@@ -210,6 +249,19 @@ def words(report: dict[str, Any]) -> list[tuple[str, str]]:
             "outside loops" if place == "outside" else "inside loops, one pass of each chunk loop"
         )
         lines.append(("collectives", f"{where}: {told or 'none'}"))
+    largest = report.get("largest_chunk_tokens")
+    if largest is not None:
+        lines.append(("chunk", f"estimated to fit: packing.chunk_tokens up to {largest:,}"))
+    embedding = report.get("embedding")
+    if embedding is not None:
+        size = embedding["peak_bytes_per_chip"] / 1e9
+        lines.append(
+            (
+                "embedding",
+                f"{embedding['rows']} rows of {embedding['tokens']} tokens at a time: {size:.2f} "
+                f"GB per chip",
+            )
+        )
     flops = report["useful_flops_per_pair"] / 1e12
     lines.append(("FLOPs", f"{flops:.3g} TFLOP useful per pair (nothing computed twice)"))
     lines.append(("verdict", verdict(report)))
@@ -222,6 +274,6 @@ def verdict(report: dict[str, Any]) -> str:
     if report["fits"]:
         return f"it fits: {share:.0%} of a chip's memory"
     return (
-        f"it does not fit: {share:.0%} of a chip's memory. Lower packing.chunk_tokens, raise "
-        f"mesh.fsdp, or set remat=full"
+        f"it does not fit: {share:.0%} of a chip's memory ({_USABLE:.0%} can be used). Lower "
+        f"packing.chunk_tokens, raise mesh.fsdp, or set remat=full"
     )

@@ -52,6 +52,8 @@ def start(
     ):
         table.add_row(name, words)
     _CONSOLE.print(table, markup=False, highlight=False)
+    if mesh.size > 1:
+        _CONSOLE.print(trainer.table(), markup=False, highlight=False, soft_wrap=True)
 
 
 def lines(

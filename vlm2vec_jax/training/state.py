@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm2vec_jax.models.loading import Model, fill, flatten, split_trainable
 from vlm2vec_jax.parallel.mesh import batch_spec, row_part
+from vlm2vec_jax.parallel.sharding import table
 from vlm2vec_jax.training.guard import guarded
 from vlm2vec_jax.training.optimizer import AdamW
 from vlm2vec_jax.training.step import StepSpec, TrainBatch, TrainState, train_step
@@ -131,6 +132,14 @@ class Trainer:
         """The learned temperature as it is now; None where it is not learned."""
         learned = self.state.temperature
         return None if learned is None else float(learned.value)
+
+    def table(self) -> str:
+        """Where everything lives, as a text table: parameters and the optimizer's moments."""
+        opt = self.state.opt
+        leaves = {**flatten(self.frozen), **flatten(self.state.params)}
+        for name, moment in (("mu", opt.mu), ("nu", opt.nu)):
+            leaves |= {f"optimizer/{name}/{path}": v for path, v in flatten(moment).items()}
+        return table(leaves, {path: leaf.sharding for path, leaf in leaves.items()})
 
     def sizes(self) -> tuple[int, int]:
         """Numbers trained and frozen."""
