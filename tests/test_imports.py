@@ -18,7 +18,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "vlm2vec_jax"
 NAME = PACKAGE.name
 
-ENTRY_POINTS = {"train", "evaluate", "embed", "export", "compile", "replay"}
+ENTRY_POINTS = {"train", "evaluate", "embed", "export", "compile", "replay", "search"}
 MAINS = ENTRY_POINTS | {"flags", "data.mini_mmeb", "models.phi3v.mini", "evaluation.report"}
 MAINS |= {"data.prepare", "data.verify", "data.membership"}
 MAINS |= {"weights.compare", "weights.from_bin"}

@@ -81,6 +81,10 @@ class Corpus(Protocol):
         """
         ...
 
+    def cut(self) -> Iterator[Window]:
+        """The windows alone, nothing checked and without digests: a quick way to known content."""
+        ...
+
     def load(self, window: Window) -> bytes:
         """What is stored of a window."""
         ...
@@ -147,30 +151,27 @@ class JsonlCorpus:
 
     def scan(self) -> Iterator[tuple[Window, list[Entry]]]:
         """See `Corpus`."""
-        with open_input(self.path) as file, _threads() as pool:
-            number = row = line = start = end = 0
-            held: list[bytes] = []
-            count, first_line = 0, 1
+        with _threads() as pool:
+            for window in self.cut():
+                content = self.load(window)
+                entries = checked(self.parse(window, content), pool)
+                yield dataclasses.replace(window, digest=digest_of(content, entries)), entries
 
-            def window() -> tuple[Window, list[Entry]]:
-                content = b"".join(held)
-                place = [start, end, first_line]
-                entries = self._entries(content, row, first_line)
-                entries = checked(entries, pool)
-                made = Window(number, row, len(entries), digest_of(content, entries), place)
-                return made, entries
-
+    def cut(self) -> Iterator[Window]:
+        """See `Corpus`."""
+        number = row = line = start = end = count = 0
+        first_line = 1
+        with open_input(self.path) as file:
             for text in file:
                 line += 1
-                held.append(text)
                 end += len(text)
                 count += bool(_without_mark(text, line).strip())
                 if count == WINDOW:
-                    yield window()
+                    yield Window(number, row, count, "", [start, end, first_line])
                     number, row, start = number + 1, row + count, end
-                    held, count, first_line = [], 0, line + 1
+                    count, first_line = 0, line + 1
             if count:
-                yield window()
+                yield Window(number, row, count, "", [start, end, first_line])
 
     def load(self, window: Window) -> bytes:
         """The bytes of its lines."""
@@ -245,8 +246,8 @@ class FolderCorpus(JsonlCorpus):
         """How to find the folder again."""
         return {"kind": "folder", "path": str(self.root.absolute())}
 
-    def scan(self) -> Iterator[tuple[Window, list[Entry]]]:
-        """See `Corpus`.
+    def cut(self) -> Iterator[Window]:
+        """See `Corpus`; writes the list.
 
         Raises:
           UserError: if a folder cannot be read, or there are no images.
@@ -258,7 +259,7 @@ class FolderCorpus(JsonlCorpus):
                 found += 1
         if not found:
             raise UserError(f"--input {self.root}: there are no images in this folder")
-        yield from super().scan()
+        yield from super().cut()
 
 
 def images_below(folder: Path) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import io
 import itertools
 import os
@@ -72,29 +71,35 @@ class ParquetCorpus:
 
     def scan(self) -> Iterator[tuple[Window, list[Entry]]]:
         """See `Corpus`. Rows with encoded images are checked only when they are embedded."""
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for window in self.cut():
+                yield self._scanned(window, pool)
+
+    def cut(self) -> Iterator[Window]:
+        """See `Corpus`."""
         places: list[list[int]] = []
         number = first = count = 0
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for k, file in enumerate(self.files):
-                metadata = _opened(file).metadata
-                for group in range(metadata.num_row_groups):
-                    start, rows = 0, metadata.row_group(group).num_rows
-                    while start < rows:
-                        take = min(rows - start, WINDOW - count)
-                        places.append([k, group, start, take])
-                        start, count = start + take, count + take
-                        if count == WINDOW:
-                            yield self._window(number, first, count, places, pool)
-                            number, first, count, places = number + 1, first + count, 0, []
-            if count:
-                yield self._window(number, first, count, places, pool)
+        for k, file in enumerate(self.files):
+            metadata = _opened(file).metadata
+            for group in range(metadata.num_row_groups):
+                start, rows = 0, metadata.row_group(group).num_rows
+                while start < rows:
+                    take = min(rows - start, WINDOW - count)
+                    places.append([k, group, start, take])
+                    start, count = start + take, count + take
+                    if count == WINDOW:
+                        yield Window(number, first, count, "", places)
+                        number, first, count, places = number + 1, first + count, 0, []
+        if count:
+            yield Window(number, first, count, "", places)
 
-    def _window(self, number, first, count, places, pool) -> tuple[Window, list[Entry]]:
-        window = Window(number, first, count, "", list(places))
-        stamps = [stamp(self.files[k]) for k in sorted({place[0] for place in places})]
-        about = repr((places, stamps, self.columns)).encode()
-        if any(self._encoded(k) for k in {place[0] for place in places}):
-            return dataclasses.replace(window, digest=_short(about)), []
+    def _scanned(
+        self, window: Window, pool: concurrent.futures.Executor
+    ) -> tuple[Window, list[Entry]]:
+        used = sorted({place[0] for place in window.place})
+        about = repr((window.place, [stamp(self.files[k]) for k in used], self.columns)).encode()
+        if any(self._encoded(k) for k in used):
+            return dataclasses.replace(window, digest=digest_of(about, [])), []
         entries = checked(self.parse(window, self.load(window)), pool)
         return dataclasses.replace(window, digest=digest_of(about, entries)), entries
 
@@ -240,10 +245,6 @@ def _opened(file: str | os.PathLike) -> pq.ParquetFile:
 
 def _schema(file: str | os.PathLike) -> pa.Schema:
     return _opened(file).schema_arrow
-
-
-def _short(about: bytes) -> str:
-    return hashlib.blake2b(about, digest_size=8).hexdigest()
 
 
 def open_corpus(
