@@ -3,6 +3,7 @@
 # make test       all tests that need neither an accelerator nor real weights
 # make test-fast  the same without the slow ones
 # make test-torch what needs torch, transformers' models and peft; in an environment of its own
+# make test-optional  those that need ray, lancedb and faiss, in an environment of their own
 # make lint       ruff (lint and format), pyright, shellcheck
 # make clean      remove the demonstration's files and caches; the environment stays
 #
@@ -14,13 +15,13 @@ VENV_TORCH ?= .venv-torch
 PY := $(VENV)/bin/python
 DEMO := runs/demo
 DEMO_ENV := JAX_PLATFORMS=cpu
-EXCLUDED := not weights and not gpu and not tpu and not torch
+EXCLUDED := not weights and not gpu and not tpu and not torch and not ray
 REQUIREMENTS := pyproject.toml requirements.txt requirements-dev.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: demo test test-fast test-torch lint clean
+.PHONY: demo test test-fast test-torch test-optional lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -55,6 +56,10 @@ test-fast: $(VENV)/.installed-dev
 
 test-torch: $(VENV_TORCH)/.installed
 	$(VENV_TORCH)/bin/python -m pytest -m torch $(ARGS)
+
+test-optional:
+	$(MAKE) VENV=$(VENV)-optional $(VENV)-optional/.installed-optional
+	$(VENV)-optional/bin/python -m pytest -m ray $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
@@ -92,3 +97,8 @@ $(VENV)/.installed-dev: $(REQUIREMENTS) | $(PY)
 	@echo "installing the requirements (a minute or more)"
 	$(PY) -m pip install -q -r requirements-dev.txt
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-optional: $(REQUIREMENTS) | $(PY)
+	@echo "installing the requirements and the optional packages (some minutes)"
+	$(PY) -m pip install -q -e ".[dev,ray,lancedb,faiss]"
+	@touch $@

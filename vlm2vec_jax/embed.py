@@ -20,7 +20,13 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.flags import define_processor_options, processor_options, run
+from vlm2vec_jax.flags import (
+    define_processes,
+    define_processor_options,
+    join_processes,
+    processor_options,
+    run,
+)
 
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 SUFFIXES = (".npz", ".parquet", ".lance")
@@ -64,10 +70,7 @@ def define(values: flags.FlagValues) -> None:
     number("ray_actors", "Embedders on the Ray cluster", 1)
     flags.DEFINE_float("ray_cpus", 1, "processors of each", 0, flag_values=values)
     flags.DEFINE_float("ray_gpus", 0, "cards of each", 0, flag_values=values)
-    text("coordinator", "HOST:PORT of process 0, where several processes share the work")
-    number("num_processes", "how many processes share it")
-    number("process_id", "number of this one, from 0", None, 0)
-    switch("distributed", "several processes, as the surroundings say (TPU pod, SLURM ...)")
+    define_processes(values)
 
 
 def main(args: Any) -> None:
@@ -242,13 +245,7 @@ def join(args: Any) -> Any:
     """Meet the other processes, where there are some."""
     from vlm2vec_jax.embedding.team import DistributedTeam, Team
 
-    given = (args.coordinator, args.num_processes, args.process_id)
-    if not args.distributed and all(value is None for value in given):
-        return Team()
-    from vlm2vec_jax.parallel.peers import initialize_distributed
-
-    initialize_distributed(*given)
-    return DistributedTeam()
+    return DistributedTeam() if join_processes(args).processes > 1 else Team()
 
 
 def check_output(output: Path) -> None:

@@ -52,7 +52,7 @@ class DistributedTeam(Team):
     """The processes that `jax.distributed` has brought together."""
 
     def __init__(self) -> None:
-        """To be made after `parallel.peers.initialize_distributed`."""
+        """To be made after `flags.join_processes`."""
         import jax
 
         self.index, self.count = jax.process_index(), jax.process_count()
