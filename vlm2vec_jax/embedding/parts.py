@@ -87,7 +87,8 @@ class Parts:
         """
         path = self.folder / META
         if restart:
-            self.remove()
+            for old in (path, *self.folder.glob("*.npz")):
+                old.unlink(missing_ok=True)
         wanted = plain(made_with)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,8 @@ from typing import Any
 
 from vlm2vec_jax.embedding.search import Hit
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.evaluation import html
+from vlm2vec_jax.evaluation.html import page as whole_page
+from vlm2vec_jax.evaluation.html import text as escaped
 from vlm2vec_jax.images import load_image
 from vlm2vec_jax.inputs import IMAGE_MARKER, MultimodalInput
 
@@ -84,16 +85,16 @@ def page(query: MultimodalInput, hits: Sequence[Hit], index: str) -> str:
     found = "".join(
         f'<div class="target"><span class="tag">{rank}. &nbsp; {hit.score:.4f}</span>'
         f"{''.join(_picture(image) for image in hit.row.get('images') or [])}"
-        f'<div class="words">{html.text(words_of(hit)[:1000])}</div>'
-        f'<div class="lost">{html.text(name_of(hit))}</div></div>'
+        f'<div class="words">{escaped(words_of(hit)[:1000])}</div>'
+        f'<div class="lost">{escaped(name_of(hit))}</div></div>'
         for rank, hit in enumerate(hits, 1)
     )
     body = (
-        f'<h1>Search</h1><p>{len(hits)} nearest in {html.text(index)}</p><div class="query">'
-        f'<div>{asked}<div class="words">{html.text(text)}</div></div>'
+        f'<h1>Search</h1><p>{len(hits)} nearest in {escaped(index)}</p><div class="query">'
+        f'<div>{asked}<div class="words">{escaped(text)}</div></div>'
         f'<div class="targets">{found}</div></div>'
     )
-    return html.page("Search", body)
+    return whole_page("Search", body)
 
 
 def _picture(source: Any) -> str:
@@ -101,9 +102,9 @@ def _picture(source: Any) -> str:
     try:
         image = load_image(source).copy()
     except (UserError, OSError) as error:
-        return f'<div class="lost">no picture: {html.text(error)}</div>'
+        return f'<div class="lost">no picture: {escaped(error)}</div>'
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=85)
     data = base64.b64encode(out.getvalue()).decode()
-    return f'<img class="pic" alt="{html.text(name)}" src="data:image/jpeg;base64,{data}">'
+    return f'<img class="pic" alt="{escaped(name)}" src="data:image/jpeg;base64,{data}">'
