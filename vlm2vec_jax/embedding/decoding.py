@@ -219,6 +219,7 @@ def progress_bar(wanted: Any, total: int | None, what: str = "embedding") -> Ite
     if callable(wanted) or not wanted:
         yield wanted if callable(wanted) else lambda count: None
         return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -228,8 +229,16 @@ def progress_bar(wanted: Any, total: int | None, what: str = "embedding") -> Ite
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)  # what a program prints stays apart from its bar
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True)
+    bar = Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
     with bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)

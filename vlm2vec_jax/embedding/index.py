@@ -175,11 +175,14 @@ def open_index(path: str | os.PathLike) -> Index:
     """
     path = Path(path)
     if path.is_dir() and path.suffix != ".lance":
-        inside = sorted(p for s in SUFFIXES for p in path.glob(f"*{s}"))
-        if len(inside) != 1:
-            names = ", ".join(p.name for p in inside) or "none"
+        found = []
+        for inside in sorted(p for s in SUFFIXES for p in path.glob(f"*{s}")):
+            with contextlib.suppress(UserError):  # a corpus, or vectors of something else
+                found.append(open_index(inside))
+        if len(found) != 1:
+            names = ", ".join(index.path.name for index in found) or "none"
             raise UserError(f"--index {path} is a folder with these stored vectors: {names}")
-        path = inside[0]
+        return found[0]
     if path.suffix not in SUFFIXES:
         raise UserError(f"--index {path}: stored vectors end in {', '.join(SUFFIXES)}")
     if not path.exists():

@@ -64,8 +64,11 @@ def _plain(text: str) -> str:
 
 
 def _drawn(path: str) -> Any:
-    from textual_image.renderable import Image as Drawn
+    from textual_image.renderable import HalfcellImage, UnicodeImage
+    from textual_image.renderable import Image as Best
 
+    # Asked without a terminal of its own, the library falls back to characters without colour.
+    Drawn = HalfcellImage if Best is UnicodeImage else Best
     try:
         return Drawn(load_image(path), width=_COLUMNS, height="auto")
     except (UserError, OSError):
