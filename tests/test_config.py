@@ -37,7 +37,10 @@ mesh.data mesh.fsdp mesh.tensor grad_cache checkpoint.every checkpoint.keep""".s
 
 PINNED = "fab939e6553281dc617344ffb87c3e2de50eed072ef84365e7f4d30bbeea1c6f"
 
-GOLDEN_CONFIGS = ["mini", "mmeb", "mmeb:lora", "mmeb:full"]
+GOLDEN_CONFIGS = [
+    *("mini", "mmeb", "mmeb:lora", "mmeb:full"),
+    *("mmeb_qwen2vl", "mmeb_qwen2vl:7b_v5e64", "mmeb_v2", "mmeb_best"),
+]
 
 
 def usable() -> Config:

@@ -106,6 +106,9 @@ class DataConfig(_Group):
         model folder says.
       max_pixels: the most; likewise.
       transparency: "white" or "drop"; empty for what the model was trained with.
+      target_instruction: what stands in front of targets that are text alone: "task" for words by
+        the subset's task (`data/target_instruction.py`), or the words themselves; empty for none.
+        It is recorded, and the evaluator does the same.
       max_len: most tokens of a sequence, cutting text and never an image; 0 for what the model
         folder says.
       on_bad_example: "error" stops before the first step and lists them, "skip" leaves them out
@@ -129,6 +132,7 @@ class DataConfig(_Group):
     min_pixels: int = 0
     max_pixels: int = 0
     transparency: str = ""
+    target_instruction: str = ""
     max_len: int = 256
     on_bad_example: str = "error"
     workers: int = 0
@@ -376,7 +380,7 @@ NOT_DECIDING = (
 
 _ADDED = (
     *(o.field for n, o in OPTIONS.items() if n not in ("num_crops", "max_len")),
-    *("data.splits", "data.limits", "data.weights", "data.stop"),
+    *("data.splits", "data.limits", "data.weights", "data.stop", "data.target_instruction"),
 )
 """Fields that older versions did not have: at their default they leave the fingerprint alone."""
 

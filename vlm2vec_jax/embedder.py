@@ -51,7 +51,13 @@ class Embedder(EncodingSettings):
     An embedding does not depend on what else is embedded with it, in which order, or on how many
     devices (up to float32 rounding). With `workers`, use it in a `with` statement or call
     `close`, so that their processes end when they are no longer needed.
+
+    Attributes:
+      target_instruction: what stood in front of targets that are text in training, a rule of
+        `data/target_instruction.py`; the evaluator does the same.
     """
+
+    target_instruction: str = ""
 
     def __init__(self, model: Model, processor: Processor, compute: Compute, mesh: Mesh | None):
         """Use `Embedder.from_pretrained`; this takes what it has loaded."""
@@ -133,6 +139,7 @@ class Embedder(EncodingSettings):
         processor = open_processor(model, source, given)
         embedder = cls(model, processor, Compute(dtype, attention), mesh)  # type: ignore[arg-type]
         embedder._identity = {"base": identity(source.base), **trained_as}
+        embedder.target_instruction = (source.record or {}).get("target_instruction", "")
         stored = prompting.stored_prompts(source.record, source.adapter, source.base)
         embedder._prompts = prompting.Prompts(
             stored.named if prompts is None else dict(prompts),

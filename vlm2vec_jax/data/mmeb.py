@@ -173,8 +173,8 @@ class TrainSource(Source):
         try:
             return TrainRow(
                 query=self.input(query),
-                positive=self.input(positive),
-                negatives=tuple(self.input(key) for key in negatives),
+                positive=self.input(self.as_target(positive)),
+                negatives=tuple(self.input(self.as_target(key)) for key in negatives),
                 subset=self.subset,
                 index=row,
                 positive_key=positive,
@@ -227,7 +227,8 @@ class EvalSource(Source):
         if not texts:
             raise UserError(f"{self.at(row)}: empty candidate list (tgt_text)")
         query = (as_text(values["qry_text"]), as_text(values["qry_img_path"]))
-        return EvalRow(self.subset, row, query, tuple(zip(texts, paths, strict=True)))
+        targets = tuple(self.as_target(key) for key in zip(texts, paths, strict=True))
+        return EvalRow(self.subset, row, query, targets)
 
     def unique_keys(self) -> EvalIndex:
         """Every query and every candidate once, and which row uses which.
@@ -251,7 +252,7 @@ class EvalSource(Source):
         return EvalIndex(
             queries=list(queries),
             query_of_row=np.concatenate(none + query_of),
-            targets=list(targets),
+            targets=[self.as_target(key) for key in targets],
             target_of=np.concatenate(none + target_of),
             offsets=np.concatenate([[0], np.cumsum(np.concatenate(none + counts))]),
         )

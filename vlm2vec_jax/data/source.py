@@ -15,6 +15,7 @@ from vlm2vec_jax.data.arrow import ArrowTable, ParquetColumns, Reader, open_set
 from vlm2vec_jax.data.folders import check_subset
 from vlm2vec_jax.data.pairs import Pairs
 from vlm2vec_jax.data.paths import SEPARATOR, find_image_root, leaves_by_link, unsafe_path
+from vlm2vec_jax.data.target_instruction import instructed
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.inputs import MultimodalInput
 
@@ -71,6 +72,8 @@ class Source:
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
     pairs: Literal["train", "eval"]
+    target_instruction: str = ""
+    """What stands in front of targets that are text alone: a rule of `target_instruction.py`."""
 
     def __init__(
         self,
@@ -118,6 +121,11 @@ class Source:
     def input(self, key: Key) -> MultimodalInput:
         """The input that a key of this subset stands for (`to_input`)."""
         return to_input(key, self.image_root, follow_symlinks=self.follow_symlinks)
+
+    def as_target(self, key: Key) -> Key:
+        """A target's key with this source's instruction in its text."""
+        text, image = key
+        return instructed(self.target_instruction, self.subset, text, image), image
 
     def __len__(self) -> int:
         return len(self.rows)

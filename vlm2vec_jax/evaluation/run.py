@@ -93,6 +93,11 @@ def evaluate(
             kept += open_eval(data, [name], **where)
         except UserError:
             say(f"{name}: its score of an earlier run is left out, its data cannot be read now")
+    rule = getattr(encoder, "target_instruction", "")
+    if rule:
+        say("targets that are text have an instruction in front, as in this model's training")
+    for source in (*sources, *kept):
+        source.target_instruction = rule
     return evaluate_sources(
         encoder,
         sources,

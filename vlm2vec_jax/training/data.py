@@ -110,6 +110,7 @@ def _open(config: Config) -> list[TrainSource]:
                 limit=limit,
                 follow_symlinks=data.follow_symlinks,
             ):
+                source.target_instruction = data.target_instruction
                 found[source.subset] = source
         except UserError as error:
             problems.append(str(error))

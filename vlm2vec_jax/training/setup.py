@@ -152,6 +152,7 @@ def record_of(
             adapter=None if adapter is None else peft_config(adapter, table=model.table),
         ),
         "prompts": {} if data is None else prompts_of(data.mixture.sources),
+        "target_instruction": config.data.target_instruction,
         "run": config_lib.fingerprint(config)[:16],
     }
 
