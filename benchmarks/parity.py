@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.parity_parts import inference, training
+from benchmarks.parity_parts import backbones, inference, training
 from benchmarks.parity_parts.tools import ROOT, Row
 
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -33,6 +33,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "scores": inference.scores,
     "end_to_end": inference.end_to_end,
     "curves": training.curves,
+    "backbones": backbones.backbones,
 }
 
 
@@ -47,8 +48,9 @@ def document(rows: list[Row]) -> str:
         "",
         "Written by `python -m benchmarks.parity --write docs/parity.md`, which computes every",
         "number anew; do not edit. The goldens are outputs of the reference PyTorch implementation",
-        "on tiny models with random weights (`tests/goldens/README.md` describes them and where",
-        "the limits come from), and the tests hold the same limits. Float32 with exact products",
+        "on tiny models with random weights, or, for other backbones, of transformers' classes",
+        "(`tests/goldens/README.md` describes them and where the limits come from), and the tests",
+        "hold the same limits. Float32 with exact products",
         "on a CPU, unless bfloat16 is named. A number is the largest absolute difference unless",
         "the last column says otherwise; 0 means equal.",
         "",
