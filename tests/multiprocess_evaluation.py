@@ -7,11 +7,6 @@ python multiprocess_evaluation.py FLAGS OF EVALUATE
 import os
 import sys
 
-import jax
-
-if "--coordinator" in sys.argv:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-
 from vlm2vec_jax import evaluate, flags
 
 if os.environ.get("ANOTHER_MODEL"):

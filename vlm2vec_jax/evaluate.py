@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.evaluation import command
-from vlm2vec_jax.flags import run
+from vlm2vec_jax.flags import define_processes, run
 
 SIMILARITIES = ("cosine", "dot")
 CANDIDATES = ("own", "corpus")
@@ -66,7 +66,7 @@ def define(values: flags.FlagValues) -> None:
     ):
         flags.DEFINE_list(name, None, words, flag_values=values)
     text("shard", "K/N, K from 0: embed only this part; join the folders by evaluation.merge")
-    command.define_processes(values)
+    define_processes(values)
 
 
 def main(args: Any) -> None:
@@ -85,7 +85,7 @@ def main(args: Any) -> None:
     evaluation.choose_subsets(args.data, args.subsets, args.output)
     settings = scoring_settings(args)
     part = shard(args.shard)
-    hosts = command.join_processes(args)
+    hosts = command.join(args)
     encoder, options = command.make_encoder(args, say)
     scores = evaluation.evaluate(
         encoder,

@@ -105,7 +105,7 @@ def radar(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) ->
     ax.grid(color=GRID, linewidth=0.8)
     ax.spines["polar"].set_color(GRID)
     if len(series) > 1:
-        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.12, 1.05))
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return _svg(figure)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.flags import define_processor_options, processor_options
+from vlm2vec_jax.flags import define_processor_options, join_processes, processor_options
 
 DTYPES = ("bfloat16", "float32")
 FORMATS = ("messages", "input", "cohere")
@@ -51,38 +51,11 @@ def define_encoder(values: flags.FlagValues) -> None:
     flags.mark_flags_as_mutual_exclusive(ENCODERS, required=True, flag_values=values)
 
 
-def define_processes(values: flags.FlagValues) -> None:
-    """Add the flags by which several processes find each other."""
-    flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT of process 0, where several processes share the work",
-        flag_values=values,
-    )
-    for name, words, least in (
-        ("num_processes", "how many processes share it", 1),
-        ("process_id", "number of this one, from 0", 0),
-    ):
-        flags.DEFINE_integer(name, None, words, lower_bound=least, flag_values=values)
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "several processes, as the surroundings say (TPU pod, SLURM ...)",
-        flag_values=values,
-    )
-
-
-def join_processes(args: Any):
+def join(args: Any):
     """Meet the other processes, where there are some."""
     from vlm2vec_jax.evaluation.hosts import Hosts, Processes
 
-    given = (args.coordinator, args.num_processes, args.process_id)
-    if not args.distributed and all(value is None for value in given):
-        return Hosts()
-    from vlm2vec_jax.parallel.peers import initialize_distributed
-
-    initialize_distributed(*given)
-    return Processes()
+    return Processes() if join_processes(args).processes > 1 else Hosts()
 
 
 def make_encoder(args: Any, say: Any) -> tuple[Any, dict[str, Any]]:

@@ -34,13 +34,14 @@ class Line:
 
 
 def models(names: Sequence[str] | None = None) -> list[published.Published]:
-    """The published models of these names; VLM2Vec's own by default.
+    """The published models of these names; by default VLM2Vec's own, with datasets first.
 
     Raises:
       UserError: listing the names that are known.
     """
     if names is None:
-        return [p for p in published.PUBLISHED if p.reference]
+        own = [p for p in published.PUBLISHED if p.reference]
+        return sorted(own, key=lambda p: not p.scores)  # stable: the others keep their order
     if list(names) == ["all"]:
         return list(published.PUBLISHED)
     found = [published.find(name) for name in names]
