@@ -67,7 +67,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         bench.shapes,
     )
     more = {"options": vars(args), "rows": rows, "predictions_that_differ": differ}
-    path = common.report("evaluate", [line], {"evaluate": timing}, **more)
+    kind = "evaluate" if names is None else "evaluate-subsets"
+    path = common.report(kind, [line], {"evaluate": timing}, **more)
     print(f"{rows} rows, {differ} predictions differ; written to {path}")
 
 
