@@ -13,6 +13,7 @@ from vlm2vec_jax.models.base import Backbone
 BACKBONES = {
     "phi3_v": "vlm2vec_jax.models.phi3v.backbone",
     "llava_next": "vlm2vec_jax.models.llava_next.backbone",
+    "qwen2_vl": "vlm2vec_jax.models.qwen2_vl.backbone",
 }
 """`model_type` -> module with a `BACKBONE`."""
 

@@ -60,6 +60,10 @@ class TextTokenizer:
         """Number of ids, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def token(self, number: int) -> str | None:
+        """The text of an id; None if there is no such id."""
+        return self._backend.id_to_token(number)
+
     def encode(self, text: str, max_len: int | None = None, *, truncate: bool = True) -> list[int]:
         """Token ids of a text, special tokens included.
 

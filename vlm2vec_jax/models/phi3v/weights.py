@@ -21,7 +21,7 @@ _CLIP = f"{_VISION}.img_processor.vision_model"
 def table(config: Phi3VConfig) -> Table:
     """Build the name table for a configuration (sizes do not matter, layer counts and ties do)."""
     rules = [Rule("model.embed_tokens.weight", "embed/table")]
-    rules += names.decoder("model", config.num_layers, fused=True, qkv_bias=False, qk_norm=False)
+    rules += names.decoder("model", config.decoder)
     rules.append(
         Rule(
             "lm_head.weight",

@@ -23,12 +23,12 @@ from vlm2vec_jax.nn.rope import rotate
 from vlm2vec_jax.parallel.mesh import ROWS
 from vlm2vec_jax.parallel.sharding import constrain, gathered
 
-_LAYERS = r"decoder/(layers|last)"
+_LAYERS = r"decoder/(first|layers|last)"
 RULES: list[tuple[str, P]] = [
     # Leading None: the axis of stacked layers, which `lax.scan` walks along.
     (_LAYERS + r"/(attn/(qkv|q|k|v)|mlp/(gate_up|gate|up))/kernel", P(None, "fsdp", "tensor")),
     (_LAYERS + r"/(attn/out|mlp/down)/kernel", P(None, "tensor", "fsdp")),
-    (_LAYERS + r"/attn/[qkv]/bias", P()),
+    (_LAYERS + r"/attn/(q|k|v|out)/bias", P()),
     (_LAYERS + r"/(input_norm|post_norm|attn/q_norm|attn/k_norm)/scale", P()),
     (r"decoder/norm/scale", P()),
 ]
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(width, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.fused, self.qk_norm = config.fused, config.qk_norm
-        self.out = Linear(heads * width, config.hidden_size, bias=False, rngs=rngs)
+        self.out = Linear(heads * width, config.hidden_size, bias=config.out_bias, rngs=rngs)
 
     def _heads(self, x: jax.Array, queries, key) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q of the queries, k and v of all tokens, [R, T, heads, H] each."""
@@ -160,43 +160,69 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """All layers and the final norm.
 
-    `layers` stacks all but the last; `last` is a stack of one, kept apart because it runs for
-    the pooled tokens only and slicing one big stack would copy it.
+    The layers are stacked as `DecoderConfig.stacks` says. `last` is a stack of one, kept apart
+    because it runs for the pooled tokens only and slicing one big stack would copy it.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.num_layers = config.num_layers
-        if config.num_layers > 1:
-            self.layers = _stack(config, config.num_layers - 1, rngs)
-        self.last = _stack(config, 1, rngs)
+        self.stacks = tuple(config.stacks)
+        for name, (start, end) in self.stacks:
+            setattr(self, name, _stack(config, end - start, rngs))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x, places: Places, pool_index, compute: Compute, key=None) -> jax.Array:
-        """Post-norm hidden states [R, S, D] of the tokens pool_index [R, S]; x [R, T, D]."""
-        stack_key, last_key = (None, None) if key is None else jax.random.split(key)
+    def __call__(
+        self, x, places: Places, pool_index, compute: Compute, key=None, deep=None
+    ) -> jax.Array:
+        """Post-norm hidden states [R, S, D] of the tokens pool_index [R, S].
 
-        def body(x, layer, layer_key):
-            layer = gathered(layer, "decoder/layers", RULES, stacked=True)
-            return constrain(layer(constrain(x, ROWS), places, compute, key=layer_key), ROWS)
+        Args:
+          x: [R, T, D].
+          places: of the same rows.
+          pool_index: the tokens that are wanted.
+          compute: how to compute.
+          key: dropout key of adapters, or None.
+          deep: [N, R, T, D], added to the outputs of the first N layers (DeepStack, Meng et al.,
+            arXiv 2406.04334); None for nothing.
+        """
+        keys = (None,) * 2 if key is None else tuple(jax.random.split(key))
+
+        def run(name):
+            def body(x, layer, layer_key):
+                layer, extra = layer
+                layer = gathered(layer, f"decoder/{name}", RULES, stacked=True)
+                x = constrain(layer(constrain(x, ROWS), places, compute, key=layer_key), ROWS)
+                return x if extra is None else x + extra
+
+            return body
 
         def last(x, layer, layer_key):
             layer = gathered(layer, "decoder/last", RULES, stacked=True)
             x = layer(constrain(x, ROWS), places, compute, queries=pool_index, key=layer_key)
             return constrain(x, ROWS)
 
-        if self.num_layers > 1:
-            x = scan_layers(body, x, self.layers, compute=compute, key=stack_key)
+        for name, (start, end) in self.stacks[:-1]:
+            extra = deep[start:end] if deep is not None and name == "first" else None
+            # Dropout draws of a model without `first` stay what they were.
+            own = keys[0] if name == "layers" or keys[0] is None else jax.random.fold_in(keys[0], 1)
+            stack = (getattr(self, name), extra)
+            x = scan_layers(run(name), x, stack, compute=compute, key=own)
         if compute.remat != "none":
             last = jax.checkpoint(last, prevent_cse=False)
-        return self.norm(last(x, layer_at(self.last, 0), last_key))
+        x = last(x, layer_at(self.last, 0), keys[1])
+        index = self.stacks[-1][1][0]
+        if deep is not None and index < len(deep):
+            x = x + jnp.take_along_axis(deep[index], pool_index[..., None], 1)
+        return self.norm(x)
 
-    def hidden_states(self, x, places: Places, compute: Compute) -> list[jax.Array]:
-        """The residual stream [R, T, D] after every layer (not the final norm): for tests."""
+    def hidden_states(self, x, places: Places, compute: Compute, deep=None) -> list[jax.Array]:
+        """The residual stream [R, T, D] after every layer, before `deep` is added: for tests."""
         states = []
-        for index in range(self.num_layers):
-            stack, at = self.layers if index < self.num_layers - 1 else self.last, index
-            x = layer_at(stack, at if stack is not self.last else 0)(x, places, compute)
-            states.append(x)
+        for name, (start, end) in self.stacks:
+            for index in range(start, end):
+                x = layer_at(getattr(self, name), index - start)(x, places, compute)
+                states.append(x)
+                if deep is not None and index < len(deep):
+                    x = x + deep[index]
         return states
 
 

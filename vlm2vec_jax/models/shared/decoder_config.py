@@ -21,7 +21,9 @@ class DecoderConfig:
       window: how many tokens back a query sees beside itself; None for all of its sequence.
       fused: q, k, v in one kernel, and gate and up in one (Phi-3).
       qkv_bias: biases on q, k and v.
+      out_bias: a bias on the attention's output projection.
       qk_norm: RMSNorm on each head of q and k before rotation.
+      deepstack: to the outputs of how many first layers visual features are added.
     """
 
     hidden_size: int
@@ -34,7 +36,20 @@ class DecoderConfig:
     window: int | None = None
     fused: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
     qk_norm: bool = False
+    deepstack: int = 0
+
+    @property
+    def stacks(self) -> list[tuple[str, tuple[int, int]]]:
+        """Names of the stacks of layers, each with its first layer and the one behind its last.
+
+        `first` gets visual features, `last` runs for pooled tokens only, `layers` is the rest.
+        """
+        end = self.num_layers - 1
+        first = min(self.deepstack, end)
+        stacks = [("first", (0, first)), ("layers", (first, end)), ("last", (end, end + 1))]
+        return [(name, span) for name, span in stacks if span[0] < span[1]]
 
 
 def decoder_flops(config: DecoderConfig, tokens: int) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from vlm2vec_jax.models.shared.decoder_config import DecoderConfig
 from vlm2vec_jax.weights.rules import Rule
 
 TRANSPOSED = (1, 0)
@@ -56,31 +57,27 @@ def clip(hf: str, ours: str, *, used: int, layers: int) -> list[Rule]:
     return rules + norm(f"{hf}.post_layernorm", f"{ours}/post_norm")
 
 
-def decoder(hf: str, layers: int, *, fused: bool, qkv_bias: bool, qk_norm: bool) -> list[Rule]:
-    """A decoder at `decoder`, its final norm included; the last layer is a stack of its own.
+def decoder(hf: str, config: DecoderConfig) -> list[Rule]:
+    """A decoder at `decoder`, its final norm included; stacked as `DecoderConfig.stacks` says.
 
     Args:
       hf: name of the text model, up to `layers` and `norm`.
-      layers: how many there are.
-      fused: q, k, v in one tensor and gate, up in one.
-      qkv_bias: biases on q, k and v.
-      qk_norm: norms on the heads of q and k.
+      config: which tensors there are.
     """
-    attention = ("qkv",) if fused else ("q", "k", "v")
-    gates = ("gate_up",) if fused else ("gate", "up")
+    attention = ("qkv",) if config.fused else ("q", "k", "v")
+    gates = ("gate_up",) if config.fused else ("gate", "up")
     rules = []
-    for name, span in [("layers", (0, layers - 1))] * (layers > 1) + [
-        ("last", (layers - 1, layers))
-    ]:
+    for name, span in config.stacks:
         layer, ours = f"{hf}.layers.{{l}}", f"decoder/{name}"
         rules += norm(f"{layer}.input_layernorm", f"{ours}/input_norm", span, bias=False)
         for part in attention:
             path = f"{layer}.self_attn.{part}_proj"
-            rules += linear(path, f"{ours}/attn/{part}", span, bias=qkv_bias)
-        for part in ("q", "k") * qk_norm:
+            rules += linear(path, f"{ours}/attn/{part}", span, bias=config.qkv_bias)
+        for part in ("q", "k") * config.qk_norm:
             path = f"{layer}.self_attn.{part}_norm"
             rules += norm(path, f"{ours}/attn/{part}_norm", span, bias=False)
-        rules += linear(f"{layer}.self_attn.o_proj", f"{ours}/attn/out", span, bias=False)
+        path = f"{layer}.self_attn.o_proj"
+        rules += linear(path, f"{ours}/attn/out", span, bias=config.out_bias)
         rules += norm(f"{layer}.post_attention_layernorm", f"{ours}/post_norm", span, bias=False)
         for part in (*gates, "down"):
             rules += linear(f"{layer}.mlp.{part}_proj", f"{ours}/mlp/{part}", span, bias=False)

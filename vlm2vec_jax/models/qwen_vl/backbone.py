@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the members of the family say of themselves in the same way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm2vec_jax.models.qwen_vl import vision
+from vlm2vec_jax.models.qwen_vl.config import QwenVLConfig
+from vlm2vec_jax.models.qwen_vl.model import QwenVL
+from vlm2vec_jax.models.qwen_vl.processor import OPTIONS, planned_image_size, visual_layout
+from vlm2vec_jax.models.shared import decoder, parts
+from vlm2vec_jax.models.shared.decoder_config import decoder_flops
+
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def activation_bytes(config: QwenVLConfig, remat: str, itemsize: int) -> tuple[float, float]:
+    """Bytes kept for the backward pass per token and per unit, an estimate.
+
+    With everything recomputed a layer keeps its input; without, about 16 values of its width per
+    token, the attention weights not counted.
+    """
+    values = {"none": 16, "dots": 8, "full": 1}[remat]
+    tower = config.vision
+    token = config.text.decoder.num_layers * config.text.hidden_size * values * itemsize
+    return token, tower.depth * tower.patches_per_unit * tower.width * values * itemsize
+
+
+def forward_flops(config: QwenVLConfig, tokens: int, units: int = 0) -> float:
+    """FLOPs of one sequence's forward pass; its units count as those of one image."""
+    return decoder_flops(config.text.decoder, tokens) + vision.flops(config.vision, units)
+
+
+COMMON: dict[str, Any] = {
+    "build": QwenVL,
+    "options": OPTIONS,
+    "sharding": parts.RULES + decoder.RULES + vision.SHARDING,
+    "unused": r"lm_head/.*",
+    "targets": TEXT_TARGETS,
+    "width": lambda config: config.text.hidden_size,
+    "max_tokens": lambda config: config.text.max_position_embeddings,
+    "activation_bytes": activation_bytes,
+    "flops": forward_flops,
+    "image_size": planned_image_size,
+    "visual_layout": visual_layout,
+}
+"""Fields of `Backbone` that are the same for all."""

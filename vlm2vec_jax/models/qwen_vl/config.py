@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the Qwen-VL family: what its three members share, and how `config.json` is read.
+
+A `config.json` comes in two forms. The flat one (transformers 4.x) has the text model's fields at
+its root and `rope_theta` and `rope_scaling`; the nested one (transformers 5, and Qwen3-VL always)
+has them under `text_config`, with `rope_parameters`. Fields that change the result and are not
+implemented are errors that name them, all in one message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.models.shared.decoder_config import DecoderConfig
+from vlm2vec_jax.models.tokenizer import read_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_BICUBIC = 3
+_RESCALE = 1 / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text model.
+
+    Attributes:
+      decoder: its layers.
+      mrope_section: how many of the H/2 frequencies turn by time, row and column.
+      mrope_interleaved: Qwen3's order of them, t h w t h w ... t t; else three blocks.
+    """
+
+    decoder: DecoderConfig
+    vocab_size: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    mrope_interleaved: bool
+    max_position_embeddings: int
+    pad_token_id: int | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.decoder.hidden_size
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower.
+
+    Attributes:
+      norm: `layer` or `rms`, eps 1e-6 either way.
+      mlp: activation of `fc2(act(fc1(x)))`, or `swiglu` for `down(silu(gate(x)) * up(x))`.
+      patch_bias: a bias on the patch convolution.
+      window_units: units along a side of an attention window; 0 where every layer sees the image.
+      full_layers: the layers that see the whole image where there are windows.
+      position_side: side of the learned position table; 0 for none.
+      deepstack: layers whose output goes to the first layers of the decoder.
+    """
+
+    width: int
+    mlp_size: int
+    depth: int
+    heads: int
+    patch_size: int
+    temporal_patch_size: int
+    merge: int
+    out_size: int
+    norm: str = "layer"
+    mlp: str = "quick_gelu"
+    patch_bias: bool = False
+    window_units: int = 0
+    full_layers: tuple[int, ...] = ()
+    position_side: int = 0
+    deepstack: tuple[int, ...] = ()
+
+    @property
+    def unit_pixels(self) -> int:
+        """Pixels along a side of a unit (28; 32 in Qwen3-VL)."""
+        return self.patch_size * self.merge
+
+    @property
+    def patches_per_unit(self) -> int:
+        """m^2."""
+        return self.merge**2
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """The image processor's settings: limits in pixels (areas), and the normalisation."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVLConfig:
+    """All that a model of the family needs to know."""
+
+    model_type: str
+    text: TextConfig
+    vision: VisionConfig
+    images: ImageConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tie_word_embeddings: bool
+
+
+class Fields:
+    """Fields of a `config.json`, read with every complaint collected."""
+
+    def __init__(self, values: Any, name: str, problems: list[str]):
+        self.values = values if isinstance(values, dict) else {}
+        self.name, self.problems = name, problems
+        if not isinstance(values, dict):
+            problems.append(f"{name or 'config.json'} must be an object, not {values!r:.60}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value as it stands; the default also for null."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def label(self, name: str) -> str:
+        """The field's full name."""
+        return f"{self.name}.{name}" if self.name else name
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1; a list of equal ones counts as one (patch sizes)."""
+        value = self.get(name, default)
+        if isinstance(value, (list, tuple)) and len(set(map(repr, value))) == 1:
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.problems.append(
+                f"{self.label(name)} must be a whole number of at least 1, not {value!r}"
+            )
+            return 1
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            self.problems.append(f"{self.label(name)} must be a positive number, not {value!r}")
+            return 1.0
+        return float(value)
+
+    def expect(self, name: str, allowed: Collection[Any]) -> None:
+        """Complain if a field has a value that is not implemented; absent is fine."""
+        value = self.get(name)
+        if value is not None and value not in allowed:
+            told = " or ".join(repr(v) for v in allowed)
+            self.problems.append(f"{self.label(name)} is {value!r}; implemented is {told}")
+
+    def indices(self, name: str, default: Collection[int], below: int) -> tuple[int, ...]:
+        """Ascending layer numbers."""
+        value = self.get(name, default)
+        whole = isinstance(value, (list, tuple)) and all(
+            isinstance(v, int) and not isinstance(v, bool) for v in value
+        )
+        if not whole or list(value) != sorted(set(value)) or any(not 0 <= v < below for v in value):
+            self.problems.append(
+                f"{self.label(name)} must be ascending layer numbers below {below}, not {value!r}"
+            )
+            return ()
+        return tuple(value)
+
+
+def text_fields(raw: dict[str, Any], problems: list[str]) -> Fields:
+    """The text model's fields, wherever this form of the file has them."""
+    if raw.get("text_config") is not None:
+        return Fields(raw["text_config"], "text_config", problems)
+    return Fields(raw, "", problems)
+
+
+def rope(
+    fields: Fields, *, default_theta: float, default_section: tuple[int, int, int], head_size: int
+) -> tuple[float, tuple[int, int, int]]:
+    """theta and M-RoPE sections, from `rope_parameters` or `rope_theta` and `rope_scaling`."""
+    raw = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    inner = Fields(raw, fields.label("rope_parameters"), fields.problems)
+    for name in ("rope_type", "type"):
+        inner.expect(name, ("mrope", "default"))
+    theta = inner.number("rope_theta", fields.get("rope_theta", default_theta))
+    section = inner.get("mrope_section", default_section)
+    if (
+        not isinstance(section, (list, tuple))
+        or len(section) != 3
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in section)
+        or sum(section) != head_size // 2
+    ):
+        fields.problems.append(
+            f"{inner.label('mrope_section')} must be three numbers that add up to half a head "
+            f"({head_size // 2}), not {section!r}"
+        )
+        section = default_section
+    return theta, (section[0], section[1], section[2])
+
+
+def check_heads(fields: Fields, heads: int, kv_heads: int) -> None:
+    """Complain if key heads do not divide the heads."""
+    if heads % kv_heads:
+        fields.problems.append(
+            f"{fields.label('num_attention_heads')} ({heads}) is not a multiple of "
+            f"{fields.label('num_key_value_heads')} ({kv_heads})"
+        )
+
+
+def tied(raw: dict[str, Any], text: Fields) -> bool:
+    """Whether the head is the token table; older nested files say so inside `text_config`."""
+    return bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+
+
+def read_config_file(folder: str | Path) -> dict[str, Any]:
+    """The folder's `config.json`.
+
+    Raises:
+      UserError: if it is missing or unreadable.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: is {folder} a model folder?")
+    return read_json(path)
+
+
+def read_images(
+    folder: str | Path, default: ImageConfig, vision: VisionConfig, problems: list[str]
+) -> ImageConfig:
+    """The image processor's settings in `preprocessor_config.json` (or `processor_config.json`).
+
+    Limits are `size.shortest_edge` and `size.longest_edge`, which are areas, or `min_pixels` and
+    `max_pixels`, at the root (which go first, as in transformers 5) or in `size`.
+
+    Args:
+      folder: the model folder; where it has neither file the defaults hold.
+      default: what holds for fields that are absent.
+      vision: what patch sizes must agree with.
+      problems: gets a line per setting that is not implemented.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    raw = read_json(path)
+    if not raw:
+        path = Path(folder) / "processor_config.json"
+        raw = read_json(path)
+        # Newer transformers keeps the image processor's part one level down.
+        raw = raw.get("image_processor") or raw
+    fields = Fields(raw, path.name, problems)
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        fields.expect(name, (True,))
+    fields.expect("resample", (_BICUBIC,))
+    factor = fields.get("rescale_factor", _RESCALE)
+    if not isinstance(factor, (int, float)) or abs(factor - _RESCALE) > 1e-9:
+        problems.append(f"{fields.label('rescale_factor')} is {factor!r}; implemented is 1/255")
+    fields.expect("patch_size", (vision.patch_size,))
+    fields.expect("merge_size", (vision.merge,))
+    fields.expect("temporal_patch_size", (vision.temporal_patch_size,))
+    size = Fields(fields.get("size", {}), fields.label("size"), problems)
+    least = size.get("shortest_edge", size.get("min_pixels", default.min_pixels))
+    most = size.get("longest_edge", size.get("max_pixels", default.max_pixels))
+    least = fields.size("min_pixels", least)
+    most = fields.size("max_pixels", most)
+    return ImageConfig(
+        least,
+        most,
+        _three(fields, "image_mean", default.mean),
+        _three(fields, "image_std", default.std),
+    )
+
+
+def _three(
+    fields: Fields, name: str, default: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    value = fields.get(name, default)
+    good = isinstance(value, (list, tuple)) and len(value) == 3
+    if not good or not all(isinstance(v, (int, float)) for v in value):
+        fields.problems.append(f"{fields.label(name)} must be three numbers, not {value!r}")
+        return default
+    return (float(value[0]), float(value[1]), float(value[2]))
+
+
+def token_ids(raw: dict[str, Any], problems: list[str]) -> dict[str, int]:
+    """The ids of image and vision tokens; by default those of every published member."""
+    fields = Fields(raw, "", problems)
+    defaults = {
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+    }
+    return {name: fields.size(name, default) for name, default in defaults.items()}
+
+
+def finish(problems: list[str], origin: str) -> None:
+    """Raise what was collected.
+
+    Raises:
+      UserError: if anything was.
+    """
+    raise_problems(f"{origin} describes a model that is not implemented", problems)
