@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite that every registered backbone passes; one without goldens fails it.
 
-Parity, packing, independence of neighbours, published names and shapes, several devices, training
-on MMEB's layout with its exports, and the TPU's compiler. What is peculiar to a family has tests
-of its own beside this file.
+Parity through the `Embedder`, packing, independence of neighbours, several devices, training on
+MMEB's layout with its exports, and the TPU's compiler. `test_backbones_parity.py` goes through the
+parts (layers, gradients, adapters, names), and what is peculiar to a family has tests of its own.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from backbone_goldens import GOLDENS, VARIANTS, arrays, cases, names
+from backbone_goldens import GOLDENS, VARIANTS, arrays, cases
 from flax import nnx
 from small_models import quick_compiler, write_train
 
@@ -90,17 +90,11 @@ def embedder(case: Known) -> Embedder:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_packed_together_each_embeds_as_torch_embeds_it_alone(name):
-    for case in known(name):
-        found = embedder(case).encode(case.inputs)
-        np.testing.assert_allclose(found, case.expected, atol=case.tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("name", EVERY)
 def test_neighbours_and_order_change_nothing(name):
     case = known(name)[0]
     model = embedder(case)
     together = model.encode(case.inputs)
+    np.testing.assert_allclose(together, case.expected, atol=case.tolerance, rtol=0)
     texts = [i for i, item in enumerate(case.inputs) if not item.images]
     pictures = [i for i, item in enumerate(case.inputs) if item.images]
     order = pictures[::-1][:4] + texts[::-1]
@@ -120,33 +114,6 @@ def test_lengths_are_known_without_pixels(name):
         assert processor.length(item) == (len(encoded), encoded.units)
         assert encoded.positions.shape == (len(encoded), *layout.position_shape)
         assert set(encoded.visual) == (set(layout.units) if encoded.units else set())
-
-
-def published() -> list[str]:
-    found = []
-    for folder in sorted((GOLDENS / "names").iterdir()):
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
-        found += [folder.name] * (kind in BACKBONES)
-    return found
-
-
-@pytest.mark.parametrize("model", published())
-def test_published_models_have_their_names_and_shapes(model):
-    """Built abstractly, in the spelling of transformers 4 and of 5."""
-    found = abstract_model(GOLDENS / "names" / model)
-    table, leaves = found.table, flatten(found.module)
-    assert set(leaves) == set(table.by_leaf)
-    ours = {}
-    for name, slot in table.slots.items():
-        shape = leaves[slot.rule.ours].shape
-        ours[name] = slot.rule.hf_shape(shape[1:] if slot.rule.stacked else shape)
-    for generation in (4, 5):
-        theirs = names(model, generation)
-        spelled = {table.canonical(name): shape for name, shape in theirs.items()}
-        assert len(spelled) == len(theirs)
-        assert spelled == ours
-    said = (GOLDENS / "names" / model / "names.txt").read_text().split()[1]
-    assert sum(int(np.prod(leaf.shape)) for leaf in leaves.values()) == int(said)
 
 
 @pytest.mark.slow

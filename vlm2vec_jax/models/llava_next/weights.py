@@ -20,11 +20,9 @@ _CLIP = "vision_tower.vision_model"
 
 def table(config: LlavaNextConfig) -> Table:
     """Build the name table for a configuration (sizes do not matter, layer counts and ties do)."""
-    text, clip, tied = config.text, config.clip, config.tie_word_embeddings
+    clip, tied = config.clip, config.tie_word_embeddings
     rules = [Rule(f"{_TEXT}.embed_tokens.weight", "embed/table")]
-    rules += names.decoder(
-        _TEXT, text.num_layers, fused=text.fused, qkv_bias=text.qkv_bias, qk_norm=text.qk_norm
-    )
+    rules += names.decoder(_TEXT, config.text)
     if not tied:
         rules.append(Rule("language_model.lm_head.weight", "lm_head/kernel", TRANSPOSED))
     rules += names.clip(
