@@ -314,3 +314,32 @@ def test_adapters_are_strict(tmp_path):
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(UserError, match="1 missing, 1 unexpected"):
         load_source(locate(GOLDENS / "qwen2_vl" / "untied", adapter), dtype="float32", mesh=None)
+
+
+def test_qwen3_vl_embeddings_prompt(tmp_path):
+    """The conversation of the model card, unasked for where the folder is that model."""
+    folder = tmp_path / "Qwen3-VL-Embedding-2B"
+    shutil.copytree(GOLDENS / "qwen3_vl" / "untied", folder)
+    family = backbone("qwen3_vl")
+    config = family.read_config(folder)
+    made = family.processor(folder, config)
+    item = MultimodalInput("<|image_1|>a dog", (Image.new("RGB", (64, 64)),))
+    written = (
+        "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_1|>"
+        "<|vision_end|>a dog<|im_end|>\n<|im_start|>assistant\n"
+    )
+    asked = family.processor(folder, config, instruction=" Find it ")
+    plain = family.processor(
+        folder, config, template="none", min_pixels=4 * 1024, max_pixels=1800 * 1024
+    )
+    by_hand = plain.encode(MultimodalInput(written, item.images))
+    found = asked.encode(item)
+    np.testing.assert_array_equal(found.tokens, by_hand.tokens)
+    np.testing.assert_array_equal(found.positions, by_hand.positions)
+    assert found.units == 4 and asked.length(item) == (len(found), 4)
+    assert made.settings["template"] == "embedding"
+    assert made.settings["instruction"] == "Represent the user's input."
+    assert made.settings["max_pixels"] == 1800 * 1024
+    other = family.processor(GOLDENS / "qwen3_vl" / "untied", config)
+    assert other.settings["template"] == "none"
+    assert other.settings["max_pixels"] == config.images.max_pixels

@@ -46,6 +46,9 @@ class ModelConfig(_Group):
         "by_vision_start" or "sequential"; empty for what the model was trained with.
       image_markers: what `<|image_k|>` becomes, for backbones that have a choice: "bare" or
         "wrapped"; empty for what the model was trained with.
+      template: "none" or "embedding", for backbones that have one; empty for what the model was
+        trained with.
+      instruction: the instruction in that template; likewise.
     """
 
     path: str = ""
@@ -53,6 +56,8 @@ class ModelConfig(_Group):
     dtype: str = "bfloat16"
     image_positions: str = ""
     image_markers: str = ""
+    template: str = ""
+    instruction: str = ""
 
 
 @dataclasses.dataclass

@@ -115,6 +115,8 @@ def define_processor_options(values: flags.FlagValues) -> None:
         words = f"{option.words}; the model's own by default"
         if option.choices:
             flags.DEFINE_enum(name, None, option.choices, words, flag_values=values)
+        elif option.text:
+            flags.DEFINE_string(name, None, words, flag_values=values)
         else:
             flags.DEFINE_integer(name, None, words, lower_bound=1, flag_values=values)
 

@@ -22,13 +22,15 @@ class Option:
 
     Attributes:
       words: what it is, for `--help`.
-      choices: the words it may be; empty for a whole number of at least 1.
+      choices: the words it may be; empty for a whole number of at least 1, or any text.
+      text: any text will do.
       field: dotted path of the configuration's field, in which "" or 0 means not chosen.
     """
 
     words: str
     field: str
     choices: tuple[str, ...] = ()
+    text: bool = False
 
 
 OPTIONS: dict[str, Option] = {
@@ -58,6 +60,14 @@ OPTIONS: dict[str, Option] = {
         "transparent images: white (composited on it) or drop (the alpha channel is ignored)",
         "data.transparency",
         ("white", "drop"),
+    ),
+    "template": Option(
+        "what inputs are put in: none, or embedding, the conversation of Qwen3-VL-Embedding",
+        "model.template",
+        ("none", "embedding"),
+    ),
+    "instruction": Option(
+        "the instruction in that conversation, for all inputs", "model.instruction", text=True
     ),
 }
 """Every option by name."""

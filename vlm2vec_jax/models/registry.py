@@ -14,6 +14,8 @@ BACKBONES = {
     "phi3_v": "vlm2vec_jax.models.phi3v.backbone",
     "llava_next": "vlm2vec_jax.models.llava_next.backbone",
     "qwen2_vl": "vlm2vec_jax.models.qwen2_vl.backbone",
+    "qwen2_5_vl": "vlm2vec_jax.models.qwen2_5_vl.backbone",
+    "qwen3_vl": "vlm2vec_jax.models.qwen3_vl.backbone",
 }
 """`model_type` -> module with a `BACKBONE`."""
 

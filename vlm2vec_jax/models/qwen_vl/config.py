@@ -297,10 +297,113 @@ def token_ids(raw: dict[str, Any], problems: list[str]) -> dict[str, int]:
     return {name: fields.size(name, default) for name, default in defaults.items()}
 
 
-def finish(problems: list[str], origin: str) -> None:
-    """Raise what was collected.
+def qwen2_text(raw: dict[str, Any], problems: list[str]) -> TextConfig:
+    """The text model of Qwen2-VL and Qwen2.5-VL."""
+    fields = text_fields(raw, problems)
+    fields.expect("hidden_act", ("silu",))
+    fields.expect("attention_dropout", (0, 0.0))
+    layers = fields.size("num_hidden_layers")
+    # Published members have a window in the file and do not use it.
+    types = fields.get("layer_types", ["full_attention"])
+    windowed = fields.get("use_sliding_window") and fields.get("max_window_layers", 0) < layers
+    if windowed or any(kind != "full_attention" for kind in types):
+        problems.append(
+            f"{fields.label('use_sliding_window')}: sliding windows are not implemented"
+        )
+    heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
+    kv_heads = fields.size("num_key_value_heads", heads)
+    check_heads(fields, heads, kv_heads)
+    head_size = width // heads
+    if width % heads:
+        problems.append(
+            f"{fields.label('hidden_size')} ({width}) is not a multiple of the {heads} heads"
+        )
+    half = head_size // 2
+    times = half - 2 * (half * 3 // 8)
+    theta, section = rope(
+        fields,
+        default_theta=1e6,
+        default_section=(times, half * 3 // 8, half * 3 // 8),
+        head_size=head_size,
+    )
+    return TextConfig(
+        decoder=DecoderConfig(
+            hidden_size=width,
+            mlp_size=fields.size("intermediate_size"),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_size=head_size,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-5),
+            qkv_bias=True,
+        ),
+        vocab_size=fields.size("vocab_size"),
+        rope_theta=theta,
+        mrope_section=section,
+        mrope_interleaved=False,
+        max_position_embeddings=fields.size("max_position_embeddings", 32768),
+        pad_token_id=fields.get("pad_token_id"),
+    )
+
+
+def tower_sizes(
+    fields: Fields, *, width: str, default_width: int, default_depth: int, default_patch: int = 14
+) -> dict[str, Any]:
+    """The fields of `VisionConfig` that all members name alike, but for the width."""
+    for name in ("in_channels", "in_chans"):
+        fields.expect(name, (3,))
+    sizes = {
+        "width": fields.size(width, default_width),
+        "depth": fields.size("depth", default_depth),
+        "heads": fields.size("num_heads", 16),
+        "patch_size": fields.size("spatial_patch_size", fields.get("patch_size", default_patch)),
+        "temporal_patch_size": fields.size("temporal_patch_size", 2),
+        "merge": fields.size("spatial_merge_size", 2),
+    }
+    if sizes["width"] % (4 * sizes["heads"]):
+        fields.problems.append(
+            f"{fields.label(width)} ({sizes['width']}) does not give the {sizes['heads']} heads a "
+            f"width that is a multiple of 4"
+        )
+    return sizes
+
+
+def out_size(fields: Fields, name: str, text_width: int) -> int:
+    """Width of the tower's features, which must be the decoder's."""
+    out = fields.size(name, text_width)
+    if out != text_width:
+        fields.problems.append(f"{fields.label(name)} ({out}) is not the decoder's ({text_width})")
+    return out
+
+
+def assemble(
+    model_type: str,
+    raw: dict[str, Any],
+    text: TextConfig,
+    vision: VisionConfig,
+    images: ImageConfig,
+    folder: str | Path,
+    problems: list[str],
+) -> QwenVLConfig:
+    """Put the parts together.
+
+    Args:
+      model_type: HF's.
+      raw: the parsed `config.json`.
+      text: read before.
+      vision: read before.
+      images: the defaults of the image processor.
+      folder: where its settings lie; empty for the defaults.
+      problems: what was found so far.
 
     Raises:
-      UserError: if anything was.
+      UserError: listing all problems.
     """
-    raise_problems(f"{origin} describes a model that is not implemented", problems)
+    if folder:
+        images = read_images(folder, images, vision, problems)
+    ids = token_ids(raw, problems)
+    head = tied(raw, text_fields(raw, problems))
+    # A tower that is no object was complained about in several places.
+    found = list(dict.fromkeys(problems))
+    raise_problems(f"{Path(folder) / 'config.json'} describes a model not implemented here", found)
+    return QwenVLConfig(model_type, text, vision, images, **ids, tie_word_embeddings=head)

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2.5-VL's model: the family's, with its own configuration and nothing added."""
+
+from vlm2vec_jax.models.qwen_vl.model import QwenVL as Qwen2_5VL
+
+__all__ = ["Qwen2_5VL"]
