@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint into device arrays, through a name table, straight to the shards.
 
-Each device's part of a leaf is read by slices from the files and handed to jax leaf by leaf, so
-that beside the model itself the host never holds more than the largest leaf. All names and shapes
+Leaves are read and handed to jax one by one, each tensor of the files once for all of this
+process's devices, so that beside the model itself the host never holds more than the largest leaf
+and a few tensors. All names and shapes
 are checked, and every disagreement listed in one error, before the first tensor is read.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import difflib
+import math
+import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +29,8 @@ _BLOCK_BYTES = 1 << 26
 """Copies of a tensor are compared in pieces of this many bytes."""
 
 
+_WORKERS = min(4, os.cpu_count() or 1)
+"""Layers of a stack that are read and turned at a time; each holds one tensor meanwhile."""
 _FINITE_BLOCK = 1 << 16
 _BITS = {
     "bfloat16": (np.uint16, 0x7F80),
@@ -127,17 +133,13 @@ def load_host(
     headless = {table.slots[name].rule.ours for name in table.optional if name in table.slots}
     skip = {*skip, *(headless - set(shapes))}
     names = match(checkpoint, table, shapes, skip=skip).names
-    return {
-        path: _read(
-            checkpoint,
-            names,
-            table.by_leaf[path],
-            tuple(slice(0, size) for size in leaf.shape),
-            np.dtype(leaf.dtype if dtype is None else dtype),
-            None,
-        )
-        for path, leaf in shapes.items()
-    }
+    out = {}
+    for path, leaf in shapes.items():
+        spans = tuple(slice(0, size) for size in leaf.shape)
+        kind = np.dtype(leaf.dtype if dtype is None else dtype)
+        parts = _read(checkpoint, names, table.by_leaf[path], [spans], kind, None)
+        out[path] = parts[_key(spans)]
+    return out
 
 
 def abstract_from(
@@ -303,48 +305,88 @@ def _load_leaf(
     sharding: jax.sharding.Sharding,
     bad: dict[str, None] | None,
 ) -> jax.Array:
-    # Devices that hold the same part (replicas) share one read.
-    parts: dict[tuple, np.ndarray] = {}
+    wanted = {
+        device: tuple(slice(*span.indices(size)) for span, size in zip(index, shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+    # Devices that hold the same part (replicas) share it.
+    parts = _read(checkpoint, names, rule, list(wanted.values()), dtype, bad)
+    return jax.make_array_from_callback(
+        shape,
+        sharding,
+        lambda index: parts[
+            _key(tuple(slice(*s.indices(n)) for s, n in zip(index or (), shape, strict=True)))
+        ],
+        dtype=dtype,
+    )
 
-    def part(index: Index | None) -> np.ndarray:
-        spans = tuple(
-            slice(*span.indices(size)) for span, size in zip(index or (), shape, strict=True)
-        )
-        key = tuple((span.start, span.stop) for span in spans)
-        if key not in parts:
-            parts[key] = _read(checkpoint, names, rule, spans, dtype, bad)
-        return parts[key]
 
-    return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+def _key(spans: Index) -> tuple[tuple[int, int], ...]:
+    return tuple((span.start, span.stop) for span in spans)
 
 
 def _read(
     checkpoint: Checkpoint,
     names: Mapping[str, str],
     rule: Rule,
-    spans: Index,
+    wanted: Sequence[Index],
     dtype: np.dtype,
     bad: dict[str, None] | None,
-) -> np.ndarray:
-    """Read a part of a leaf: for each layer the slice of its tensor, permuted and cast."""
-    sizes = tuple(span.stop - span.start for span in spans)
-    if rule.stacked:
-        wanted, inner = rule.names()[spans[0]], spans[1:]
-        out = np.empty(sizes, dtype)
-        targets = [out[i] for i in range(len(wanted))]
+) -> dict[tuple, np.ndarray]:
+    """Read parts of a leaf: for each layer what they need of its tensor, permuted and cast.
+
+    Every tensor is read once for all parts, unless they lie so far apart (on other hosts' account)
+    that most of what lies between them would be read for nothing.
+    """
+    spans = {_key(index): index for index in wanted}
+    parts = {
+        key: np.empty([span.stop - span.start for span in index], dtype)
+        for key, index in spans.items()
+    }
+    box = tuple(
+        slice(min(span.start for span in axis), max(span.stop for span in axis))
+        for axis in zip(*spans.values(), strict=True)
+    )
+    whole = math.prod(span.stop - span.start for span in box)
+    if whole > 2 * sum(part.size for part in parts.values()):
+        groups = [(index, {key: index}) for key, index in spans.items()]
     else:
-        wanted, inner = [rule.tied_to or rule.hf], spans
-        out = np.empty(sizes, dtype)
-        targets = [out]
-    for name, target in zip(wanted, targets, strict=True):
-        if name not in names:  # optional, as `match` has made sure
-            target[...] = 0
-            continue
-        source = rule.to_ours(checkpoint.read(names[name], rule.hf_index(inner)))
-        copy_cast(target, source)
-        if bad is not None and not all_finite(target):
-            bad[name] = None
-    return out
+        groups = [(box, spans)]
+    jobs = []
+    for outer, members in groups:
+        layers = range(outer[0].start, outer[0].stop) if rule.stacked else (None,)
+        jobs += [(outer, members, layer) for layer in layers]
+
+    def run(job: tuple[Index, Mapping[tuple, Index], int | None]) -> None:
+        outer, members, layer = job
+        inner = outer if layer is None else outer[1:]
+        name = (rule.tied_to or rule.hf) if layer is None else rule.names()[layer]
+        source = None  # optional, as `match` has made sure: zeros
+        if name in names:
+            source = rule.to_ours(checkpoint.read(names[name], rule.hf_index(inner)))
+        for key, index in members.items():
+            target, own = parts[key], index
+            if layer is not None:
+                if not index[0].start <= layer < index[0].stop:
+                    continue
+                target, own = target[layer - index[0].start], index[1:]
+            if source is None:
+                target[...] = 0
+                continue
+            shifted = tuple(
+                slice(s.start - o.start, s.stop - o.start) for s, o in zip(own, inner, strict=True)
+            )
+            copy_cast(target, source[shifted])
+            if bad is not None and not all_finite(target):
+                bad[name] = None
+
+    if len(jobs) < 2 or _WORKERS < 2:
+        for job in jobs:
+            run(job)
+    else:
+        with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+            list(pool.map(run, jobs))
+    return parts
 
 
 def all_finite(array: np.ndarray) -> bool:
