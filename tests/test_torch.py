@@ -21,6 +21,7 @@ from vlm2vec_jax.models.loading import add_adapter, flatten, load_model, replace
 from vlm2vec_jax.models.phi3v import config as phi3v_config
 from vlm2vec_jax.models.phi3v.weights import table as phi3v_table
 from vlm2vec_jax.nn.compute import Compute
+from vlm2vec_jax.nn.dropout import keep_mask
 from vlm2vec_jax.nn.linear import Linear, refresh_dora_norms
 from vlm2vec_jax.weights import from_bin
 from vlm2vec_jax.weights.adapters import load_adapter, merge
@@ -269,7 +270,7 @@ def test_one_layer_forward_gradients_and_merge(dora, dropout, bias):
     linear.set_adapter(leaves, scale=alpha / rank, dropout=dropout)
     key = jax.random.key(5) if dropout else None
     if dropout:
-        keep = np.asarray(jax.random.bernoulli(key, 1 - dropout, x.shape))
+        keep = np.asarray(keep_mask(key, dropout, x.shape))
 
         class SameMask(torch.nn.Module):
             def forward(self, value):

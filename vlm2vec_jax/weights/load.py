@@ -308,6 +308,7 @@ def _load_leaf(
     wanted = {
         device: tuple(slice(*span.indices(size)) for span, size in zip(index, shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
+        if index is not None
     }
     # Devices that hold the same part (replicas) share it.
     parts = _read(checkpoint, names, rule, list(wanted.values()), dtype, bad)

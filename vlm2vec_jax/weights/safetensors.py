@@ -171,7 +171,7 @@ class Checkpoint:
         row = math.prod(shape[1:]) * dtype.itemsize
         count = max(rows[1] - rows[0], 0)
         out = np.empty((count, *shape[1:]) if shape else (), dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view: Any = out.reshape(-1).view(np.uint8)
         file, start = self._file_of[name], self._start[name] + rows[0] * row
         done = 0
         while done < len(view):
