@@ -392,6 +392,8 @@ def test_safetensors_of_torch_and_ours_are_one_format(tmp_path):
     assert torch.equal(found["x"], torch.from_numpy(array))
     assert found["y"].dtype == torch.bfloat16 and torch.equal(found["y"].float(), found["x"])
 
+
+def test_the_raw_chat_template():
     import jinja2
 
     render = jinja2.Environment().from_string(chat_template("<|image_pad|>")).render
