@@ -94,13 +94,16 @@ def main(args: Any) -> None:
         skip = args.on_bad_input == "skip"
         corpus = open_corpus(args.input, listing, columns)
         task = Task(corpus, args.input, output, skip, args.precision)
+        windows, embedder, error = [], None, None
         try:
             windows = scan(task)
             kind = RayEmbedder if args.engine == "ray" else LocalEmbedder
             embedder = kind(args, task)
-        except UserError:
+        except UserError as problem:
             parts.tidy()
-            raise
+            error = problem
+        team.settle(error)  # the others would otherwise wait for a process that has given up
+        assert embedder is not None
         with embedder:
             count = embed_corpus(
                 task,
