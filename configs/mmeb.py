@@ -88,9 +88,11 @@ class Preset:
 UNCHECKED = "unchecked: worked out from sizes, neither compiled nor run there"
 
 PRESETS = {
-    "v5e-64": Preset((8, 8), (1, 64), 4096, 4096, UNCHECKED),
+    "v5e-64": Preset(
+        (8, 8), (1, 64), 4096, 4096, "LoRA compiled (docs/compile/lora_v5e-64.txt); else unchecked"
+    ),
     "v5p-32": Preset((2, 8), (1, 16), 16384, 8192, UNCHECKED),
-    "v6e-16": Preset((2, 8), (1, 16), 8192, 4096, UNCHECKED),
+    "v6e-16": Preset((4, 4), (1, 16), 8192, 4096, UNCHECKED),
     "h100-8": Preset((1, 8), (1, 8), 16384, 8192, UNCHECKED),
     "h200-1": Preset((1, 1), (1, 1), 16384, 8192, UNCHECKED),
 }

@@ -8,6 +8,7 @@ import pytest
 
 from vlm2vec_jax.compile import read_topology
 from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.parallel import mesh
 from vlm2vec_jax.training import plan
 
 
@@ -64,3 +65,23 @@ def test_mistakes_end_with_a_sentence(repository):
     done = run("--topology", "tpu9")
     assert done.returncode == 2 and "generation must be one of" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_mesh_that_a_slice_cannot_take_is_told_in_words(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
+
+    monkeypatch.setattr(mesh.jax, "make_mesh", refuse)
+    with pytest.raises(UserError, match="product of whole sides"):
+        mesh.make_mesh(2, 4)
+
+
+def test_the_largest_chunk_is_estimated_on_the_safe_side():
+    report = {
+        "grad_cache": True, "hbm_bytes_per_chip": 1000, "groups": [{"rows": 8, "tokens": 512}],
+        "memory": {"arguments": 150, "temporaries": 200, "results": 0},
+    }  # fmt: skip
+    assert plan.largest_chunk(report, shards=4) == 4 * 1024
+    assert plan.largest_chunk(report | {"grad_cache": False}, shards=4) is None
+    full = report | {"memory": {"arguments": 990, "temporaries": 1, "results": 0}}
+    assert plan.largest_chunk(full, shards=4) == 0

@@ -68,9 +68,17 @@ def make_mesh(
         )
     if free:
         sizes[free[0]] = count // fixed
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    try:
+        return jax.make_mesh(
+            tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        )
+    except NotImplementedError:
+        # What jax says of a TPU slice whose sides the axes would have to cut.
+        raise UserError(
+            f"the mesh {asked} cannot be laid out on these {count} devices: on a TPU slice each "
+            f"axis must be a product of whole sides of the slice (4 x 4 chips take 4 x 4, 1 x 16 "
+            f"or 16 x 1)"
+        ) from None
 
 
 def batch_spec(leading: int = 0) -> PartitionSpec:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same loss curve on every mesh, with GradCache and without, for LoRA, DoRA and full training.
+
+Not all thirty combinations: every mesh meets GradCache and the plain step or two kinds of training,
+and every kind meets both; each is held to the plain step of its kind on one device. A step of two
+processes of four devices is in `test_multiprocess.py`.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+from curves import curve
+from small_models import quick_compiler
+from training_tools import mini_model
+
+ALONE = (1, 1, 1)
+COVER = [
+    ("lora", (8, 1, 1), True),
+    ("lora", (2, 4, 1), False),
+    ("dora", (2, 2, 2), True),
+    ("dora", (8, 1, 1), False),
+    ("full", (2, 4, 1), True),
+    ("full", (2, 2, 2), False),
+    ("full", ALONE, True),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The plain step on one device by kind: a function, and the model's folder."""
+    folder = mini_model(tmp_path_factory.mktemp("curves"))
+    return folder, functools.cache(lambda kind: curve(folder, kind, ALONE, cached=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "mesh", "cached"), COVER)
+def test_every_mesh_gives_the_same_twenty_losses(alone, kind, mesh, cached):
+    folder, expected = alone
+    with quick_compiler():
+        wanted = expected(kind)
+        found = curve(folder, kind, mesh, cached=cached)
+    assert wanted[0] - wanted[18] > 0.01  # the same batch: it learns, the curve is no constant
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
