@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/: the scripts against stub `gcloud`, `kubectl`, `sbatch`."""
+"""launch/: the scripts against stub `gcloud`, `kubectl`, `sbatch`, and two real processes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from data_files import make_train
+from evaluation_data import captions, write_subset
+from training_tools import mini_model
+
+from vlm2vec_jax.embedder import Embedder
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(p for p in LAUNCH.rglob("*") if p.suffix in (".sh", ".sbatch"))
@@ -403,3 +409,37 @@ def test_inside_the_job(stubs, code, requeued, ends):
     (srun,) = [c for c in stubs.calls() if c.startswith("srun")]
     assert "-m vlm2vec_jax.train --distributed --config configs/mini.py" in srun
     assert ("scontrol requeue 12" in stubs.calls()) == requeued
+
+
+# Really
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_train_together(tmp_path):
+    make_train(tmp_path / "data", {"A": 16})
+    write_subset(tmp_path / "eval", "MSCOCO_t2i", captions())
+    flags = {
+        "model.path": mini_model(tmp_path),
+        "data.path": tmp_path / "data",
+        "output": tmp_path / "out",
+        "steps": 2,
+        "batch_size": 8,
+        "mesh.data": 4,
+        "optim.warmup_steps": 1,
+        "eval.every": 2,
+        "eval.path": tmp_path / "eval",
+    }
+    done = subprocess.run(
+        ["bash", LAUNCH / "local.sh", "--processes", "2", "--devices", "2", "--python",
+         sys.executable, "--logs", tmp_path / "logs", "--port", "29571", "--restarts", "0",
+         "--", "--config", "configs/mini.py", *(f"--config.{k}={v}" for k, v in flags.items())],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + (tmp_path / "logs/process-1.log").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert "in 2 processes" in done.stderr
+    assert set(lines[1]["eval"]) == {"MSCOCO_t2i"} and set(lines[1]["subset_loss"]) == {"A"}
+    kept = Embedder.from_pretrained(tmp_path / "out/best", dtype="float32")
+    assert kept.encode(["a"]).shape == (1, 32)

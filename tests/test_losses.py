@@ -110,6 +110,8 @@ def test_padding_changes_nothing_and_gets_no_gradient(golden):
     np.testing.assert_allclose(pq[:8], dq, atol=1e-7)
     np.testing.assert_allclose(pp[:8], dp, atol=1e-7)
     assert not np.any(pq[8:]) and not np.any(pp[8:])
+    assert not np.any(padded_metrics["example_loss"][8:])
+    padded_metrics["example_loss"] = padded_metrics["example_loss"][:8]
     for name in metrics:
         np.testing.assert_allclose(padded_metrics[name], metrics[name], rtol=1e-5, atol=1e-7)
 
@@ -155,7 +157,7 @@ def test_rows_without_anything_give_zero_not_nan():
         value, metrics, grads = _value_and_grads(q, q, temperature=0.02, **options)
         assert value == 0.0
         assert not np.any(grads[0]) and not np.any(grads[1])
-        assert all(np.isfinite(v) for v in metrics.values())
+        assert all(np.all(np.isfinite(v)) for v in metrics.values())
 
 
 def test_metrics_by_hand():
@@ -168,6 +170,21 @@ def test_metrics_by_hand():
     _, metrics, _ = _value_and_grads(q, t, temperature=1.0, target_id=jnp.asarray([7, 8, 7]))
     assert metrics["accuracy"] == pytest.approx(2 / 3)  # the tie is between equals
     assert metrics["duplicate_targets"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_losses_of_examples_make_the_loss(golden, form):
+    q, p = golden["q"], golden["p"]
+    counts = jnp.arange(len(q)) != 1
+    loss, metrics = contrastive_loss(
+        q, p, temperature=0.05, query_valid=counts, options=LossOptions(form=form, tile=8)
+    )
+    each = metrics["example_loss"]
+    assert each.shape == (len(q),) and each[1] == 0
+    np.testing.assert_allclose(each.sum() / counts.sum(), loss, rtol=1e-6)
+    alone = jnp.where(jnp.arange(len(q)) == 2, True, False)
+    only, _ = contrastive_loss(q, p, temperature=0.05, query_valid=alone)
+    np.testing.assert_allclose(each[2], only, rtol=1e-5)
 
 
 def test_low_precision_inputs_are_computed_in_float32(golden):

@@ -92,11 +92,15 @@ def train(config: Config, peers: Any = None) -> int:
     from vlm2vec_jax.parallel.peers import Peers
     from vlm2vec_jax.training import data as data_lib
     from vlm2vec_jax.training import dump, going_on, report, setup
+    from vlm2vec_jax.training.best import Best
     from vlm2vec_jax.training.checkpoint import Checkpoints
+    from vlm2vec_jax.training.follow import Follower
     from vlm2vec_jax.training.guard import SkippedSteps
     from vlm2vec_jax.training.loop import Finished, Loop
     from vlm2vec_jax.training.metrics import MetricsWriter
+    from vlm2vec_jax.training.profiling import Profiler
     from vlm2vec_jax.training.stopping import Stopping
+    from vlm2vec_jax.training.validation import Validation
     from vlm2vec_jax.training.watch import LossWatch
 
     peers = peers or Peers()
@@ -122,7 +126,7 @@ def train(config: Config, peers: Any = None) -> int:
     # 4. How: packed shapes, optimizer, state.
     sizes = data_lib.sample_sizes(data, processor, peers, negatives=config.loss.negatives)
     rows, plain = setup.choose_packing(config, sizes, model, row_shards(mesh))
-    packer = setup.packer(config, rows, plain, processor, row_shards(mesh), part)
+    packer = setup.packer(config, rows, plain, processor, model, row_shards(mesh), part)
     trainer = setup.trainer(config, model, mesh)
     spec = setup.step_spec(config, model, cached=packer.cached, shards=row_shards(mesh))
     watch = LossWatch(config)
@@ -163,10 +167,30 @@ def train(config: Config, peers: Any = None) -> int:
                 "packing": going_on.packed_so_far(packer, packed),
             }
 
+        follower = Follower(
+            [source.subset for source in data.mixture.sources],
+            mesh.devices.flatten().tolist(),
+            full=adapter is None,
+        )
+
         def look(finished: Finished) -> list[str]:
             drawn = data.mixture.membership(finished.step - 1, config.batch_size)
             finished.extra["membership"] = drawn[:16]
+            finished.extra.update(
+                follower.numbers(
+                    finished.values,
+                    finished.stats.rows[:, 0],
+                    finished.packed.flops,
+                    finished.extra["step_s"],
+                )
+            )
             return watch.look(finished.step, finished.values)
+
+        # Looked through before the first step, so that a mistake in it costs none.
+        validation = None
+        if config.eval.every:
+            best = Best(output, record, done, is_main=peers.is_main, report=warn, peers=peers)
+            validation = Validation(config, model, processor, trainer, spec.compute, best)
 
         # 6. The loop.
         with (
@@ -183,6 +207,8 @@ def train(config: Config, peers: Any = None) -> int:
         ):
             for message in (*config_check.remarks(config), *model.remarks, *data.remarks):
                 metrics.message(message)
+            if validation is not None:
+                metrics.message(f"evaluation {validation.words()}")
             loop = Loop(
                 trainer=trainer,
                 step_fn=step_fn,
@@ -198,6 +224,8 @@ def train(config: Config, peers: Any = None) -> int:
                     dump.dump, output, trainer, packer, identity, skipped, peers
                 ),
                 watch=look,
+                validation=validation,
+                profiler=Profiler(config.profile, output / "profile") if peers.is_main else None,
             )
             interrupted = loop.run(done, last)
     if interrupted:

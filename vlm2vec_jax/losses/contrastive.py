@@ -62,13 +62,16 @@ def contrastive_loss(
     embeddings are NaN.
 
     Returns:
-      The loss, f32 [], and a dict of f32 scalars without gradient (of the full width):
+      The loss, f32 [], and a dict without gradient (of the full width), f32 scalars but for the
+      last:
         accuracy: share of counted rows whose positive beats every other candidate; a tie is not
           a success, and targets known to be right are not its rivals.
         positive_cosine, negative_cosine: mean over counted rows of the cosine with the positive,
           and over the remaining candidates of those rows.
         duplicate_targets: share of valid targets whose id stood earlier in the batch (0.0 without
           `target_id`; hard negatives are not looked at).
+        example_loss: f32 [B], each query's own loss (queries to targets); 0 where it does not
+          count.
 
     Raises:
       ValueError: if the shapes do not fit, or an option lacks the ids that it needs.
@@ -174,9 +177,12 @@ def _both(batch: _Batch, q, t, temperature, options: LossOptions) -> tuple[jax.A
     return loss, found
 
 
+def _per_row(found: RowLosses, counts: jax.Array) -> jax.Array:
+    return jnp.where(counts, found.log_total - found.positive, 0.0)
+
+
 def _mean(found: RowLosses, counts: jax.Array) -> jax.Array:
-    per_row = jnp.where(counts, found.log_total - found.positive, 0.0)
-    return per_row.sum() / jnp.maximum(counts.sum(), 1)
+    return _per_row(found, counts).sum() / jnp.maximum(counts.sum(), 1)
 
 
 def _inverse_norm(x: jax.Array) -> jax.Array:
@@ -204,6 +210,7 @@ def _metrics(batch: _Batch, q, t, found: RowLosses) -> dict[str, Any]:
         "positive_cosine": jnp.where(counts, cosine, 0.0).sum() / counted,
         "negative_cosine": jnp.where(counts, stats.cosine, 0.0).sum() / jnp.maximum(among, 1),
         "duplicate_targets": duplicates,
+        "example_loss": _per_row(found, counts),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -88,12 +88,16 @@ def choose_rows(sample: Sequence[Size], *, longest: int, row_tokens: int = 0) ->
 
 
 class PackedStep(NamedTuple):
-    """A packed batch, how well it is filled (shares 0..1), and the shapes in use from then on."""
+    """A packed batch, how well it is filled (shares 0..1), and the shapes in use from then on.
+
+    `flops` are those of the forward passes of all its sequences, 0 where nobody asked.
+    """
 
     groups: tuple[ChunkedGroup, ...]
     real_tokens: float
     real_units: float
     shapes: tuple[ChunkShape, ...] = ()
+    flops: float = 0.0
 
 
 class StepPlan(NamedTuple):
@@ -104,12 +108,14 @@ class StepPlan(NamedTuple):
       chunks: which rows share a chunk, by group.
       slots: of each input, see `TrainBatch`.
       shapes: of all groups that the run has had so far.
+      flops: of the sequences' forward passes.
     """
 
     rows: Plan
     chunks: tuple[ChunkPlan, ...]
     slots: list[int]
     shapes: tuple[ChunkShape, ...]
+    flops: float
 
 
 class BatchPacker:
@@ -128,6 +134,7 @@ class BatchPacker:
         negatives: int = 0,
         part: tuple[int, int] = (0, 1),
         shapes: Iterable[ChunkShape] = (),
+        flops: Callable[[int, int], float] = lambda tokens, units: 0.0,
     ):
         """Set up.
 
@@ -140,6 +147,7 @@ class BatchPacker:
           part: (which, of how many): the block of every chunk's rows that this process holds.
           shapes: that the run has had so far (`PackedStep.shapes`), so that a run that goes on
             packs, and so adds up, exactly as it would have.
+          flops: (tokens, units) -> FLOPs of a sequence's forward pass, to be told of each batch.
         """
         self.rows = rows
         self.cached = chunk_tokens is not None
@@ -148,6 +156,7 @@ class BatchPacker:
         self.row_multiple = row_multiple
         self.negatives = negatives
         self.part = part
+        self._flops = flops
         self._shapes: dict[RowShape, ChunkShape] = {}
         self.use_shapes(shapes)
         self._lock = threading.Lock()
@@ -207,7 +216,8 @@ class BatchPacker:
         slots = [*range(pairs), *(pairs + i * each for i in range(pairs))]
         for i, count in enumerate(negatives):
             slots += (pairs + i * each + 1 + k for k in range(count))
-        return StepPlan(*self.arrange(sizes), slots, tuple(self._shapes.values()))
+        flops = sum(self._flops(*size) for size in sizes)
+        return StepPlan(*self.arrange(sizes), slots, tuple(self._shapes.values()), flops)
 
     def items(self, planned: StepPlan) -> list[int]:
         """Numbers of the inputs that stand in this process's rows."""
@@ -223,4 +233,4 @@ class BatchPacker:
             for chunk in planned.chunks
         )
         rows = planned.rows
-        return PackedStep(groups, rows.token_share, rows.unit_share, planned.shapes)
+        return PackedStep(groups, rows.token_share, rows.unit_share, planned.shapes, planned.flops)

@@ -13,6 +13,7 @@ array, shape, dtype and checksum.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -40,6 +41,9 @@ from vlm2vec_jax.training.fingerprint import digest, explain_arrays
 
 FORMAT = "vlm2vec_jax checkpoint 1"
 _LOG = logging.getLogger(__name__)
+
+
+_OPENED = itertools.count()
 
 
 class Checkpoints:
@@ -87,6 +91,8 @@ class Checkpoints:
         self._failures: list[str] = []  # in a row, up to now
         self._retry_at = 0.0
         self._peers = peers or Peers()
+        # Opened in the same order on all processes, so the number is a name that they share.
+        self._name = f"checkpoint/{next(_OPENED)}"
         self._agreed = 0
         check_folder(self.folder, read_only)
         hush()
@@ -302,7 +308,7 @@ class Checkpoints:
         except Exception as error:  # any failure of a background write
             problem = words(error)
         self._agreed += 1
-        told = self._peers.share(f"checkpoint/{self._agreed}", problem)
+        told = self._peers.share(f"{self._name}/{self._agreed}", problem)
         failed = {n: said for n, said in enumerate(told) if said is not None}
         if failed:
             said = [f"{self._peers.name(n)}: {words}" for n, words in failed.items()]

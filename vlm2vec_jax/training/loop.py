@@ -20,9 +20,11 @@ from vlm2vec_jax.training.batching import PackedStep
 from vlm2vec_jax.training.checkpoint import Checkpoints
 from vlm2vec_jax.training.guard import SkippedSteps
 from vlm2vec_jax.training.metrics import MetricsWriter
+from vlm2vec_jax.training.profiling import Profiler
 from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import TrainBatch
 from vlm2vec_jax.training.stopping import Stopping
+from vlm2vec_jax.training.validation import Validation
 
 
 class Finished(NamedTuple):
@@ -69,6 +71,8 @@ class Loop:
       dump: called with (step, host batch, finished) when a step too many was not finite; raises.
       watch: called with every finished step; it may add to `extra` what shall be written, and
         returns warnings.
+      validation: scores the parameters now and then; None for never.
+      profiler: traces chosen steps; None for none.
     """
 
     def __init__(
@@ -86,12 +90,15 @@ class Loop:
         stopping: Stopping,
         dump: Callable[[TrainBatch, Finished], None],
         watch: Callable[[Finished], Sequence[str]] = lambda finished: (),
+        validation: Validation | None = None,
+        profiler: Profiler | None = None,
     ):
         self._trainer, self._step_fn, self._key = trainer, step_fn, key
         self._batches, self._make_batch = batches, make_batch
         self._checkpoints, self._meta, self._metrics = checkpoints, meta, metrics
         self._skipped, self._stopping = skipped, stopping
         self._dump, self._watch = dump, watch
+        self._validation, self._profiler = validation, profiler
         self._since = time.perf_counter()
 
     def run(self, done: int, last: int) -> bool:
@@ -115,10 +122,14 @@ class Loop:
             waited = time.perf_counter() - asked
             batch = self._make_batch(packed, stats)
             trainer = self._trainer
+            if self._profiler is not None:
+                self._profiler.before(done + 1)
             trainer.state, values = self._step_fn(
                 trainer.state, trainer.frozen, trainer.put(batch), self._key
             )
             done += 1
+            if self._profiler is not None:
+                self._say(self._profiler.after(done, values))
             if pending is not None:
                 self._finish(pending)
             for message in stats.skipped:
@@ -131,6 +142,7 @@ class Loop:
             }
             pending = _Pending(done, values, extra, packed, stats, batch)
             stop = self._stopping.asked(done)
+            score = None if stop else self._validate(pending, last)
             save = stop or done == last or self._checkpoints.is_due(done)
             # With one more bad step the run ends with the state before it: do not run ahead.
             if save or self._skipped.at_limit:
@@ -138,7 +150,28 @@ class Loop:
                 pending = None
             if save:
                 self._save(done, packed, at_once=stop or done == last)
+            if score is not None and self._validation is not None:
+                meta = self._meta(done, packed)
+                self._say(self._validation.keep_best(done, score, trainer.saved(), meta))
+        if self._profiler is not None:
+            self._say(self._profiler.close())
         return stop and done < last
+
+    def _say(self, message: str | None) -> None:
+        if message:
+            self._metrics.message(message)
+
+    def _validate(self, pending: _Pending, last: int) -> float | None:
+        """Score the parameters behind a step if it is time; its time is not the step's."""
+        if self._validation is None or not self._validation.is_due(pending.step, last):
+            return None
+        jax.block_until_ready(pending.values)
+        begun = time.perf_counter()
+        scores = self._validation.scores()
+        took = time.perf_counter() - begun
+        self._since += took
+        pending.extra.update(scores, eval_s=took)
+        return scores["eval_acc"]
 
     def _save(self, done: int, packed: PackedStep, *, at_once: bool) -> None:
         meta = self._meta(done, packed)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,6 +184,7 @@ def packer(
     rows: RowSizes,
     plain: bool,
     processor: Processor,
+    model: Model,
     shards: int,
     part: tuple[int, int] = (0, 1),
 ) -> BatchPacker:
@@ -194,6 +196,7 @@ def packer(
         row_multiple=shards,
         negatives=config.loss.negatives,
         part=part,
+        flops=functools.partial(model.backbone.flops, model.config),
     )
 
 

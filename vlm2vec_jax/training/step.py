@@ -209,6 +209,14 @@ def _objective(spec: StepSpec, batch: TrainBatch, sides: Sides, warmth: jax.Arra
     )
 
 
+def embed_rows(
+    graphdef: Any, compute: Compute, params: Any, frozen: Any, batch: PackedBatch
+) -> jax.Array:
+    """Embeddings f32 [R, S, D] of packed rows with the parameters as they are, nothing dropped."""
+    graphdef, frozen = with_dora_norms(graphdef, params, frozen)
+    return nnx.merge(graphdef, params, frozen)(batch, compute)
+
+
 def with_dora_norms(graphdef: Any, params: Any, frozen: Any) -> tuple[Any, Any]:
     """Compute DoRA's norms once: (graphdef, frozen) with them among the frozen leaves."""
     model = nnx.merge(graphdef, params, frozen)
