@@ -8,13 +8,15 @@
 # make clean      remove the demonstration's files and caches; the environment stays
 #
 # Each sets up .venv when there is none, and again when the requirements change.
-# ARGS are handed to pytest: make test ARGS="tests/test_config.py -x"
+# ARGS are handed to pytest: make test ARGS="tests/test_config.py -x"; PARALLEL= runs in one process
 
 VENV ?= .venv
 VENV_TORCH ?= .venv-torch
 PY := $(VENV)/bin/python
 DEMO := runs/demo
 DEMO_ENV := JAX_PLATFORMS=cpu
+# A process a core; whole files go to one, since what a file's tests share is made once.
+PARALLEL := -n auto --dist loadfile
 EXCLUDED := not weights and not gpu and not tpu and not torch and not ray
 REQUIREMENTS := pyproject.toml requirements.txt requirements-dev.txt
 
@@ -49,10 +51,10 @@ demo: $(VENV)/.installed
 	@echo "report: $(DEMO)/report.html"
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "$(EXCLUDED)" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "$(EXCLUDED)" $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "$(EXCLUDED) and not slow" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "$(EXCLUDED) and not slow" $(ARGS)
 
 test-torch: $(VENV_TORCH)/.installed
 	$(VENV_TORCH)/bin/python -m pytest -m torch $(ARGS)

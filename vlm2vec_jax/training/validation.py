@@ -184,4 +184,7 @@ def open_heads(config: Config) -> list[Source]:
     chosen, _ = choose_subsets(wanted.path, subsets, config.output)
     sources = open_eval(wanted.path, chosen, image_root=wanted.image_root or None)
     verify.report(verify.verify_eval(sources, headers=True))
+    for source in sources:
+        # As in training, and as `evaluate` does with the trained model.
+        source.target_instruction = config.data.target_instruction
     return [_Head(source, wanted.max_queries) for source in sources]
