@@ -40,7 +40,12 @@ from vlm2vec_jax.weights.export import (
 )
 from vlm2vec_jax.weights.rules import DEFAULT_LAYOUT
 from vlm2vec_jax.weights.safetensors import DEFAULT_SHARD_BYTES, FLOATS, Checkpoint
-from vlm2vec_jax.weights.sentence_transformers import SentenceTransformers, write_files
+from vlm2vec_jax.weights.sentence_transformers import (
+    SentenceTransformers,
+    check_settings,
+    remark,
+    write_files,
+)
 
 FORMATS = ("hf", "peft", "merged", "sentence-transformers")
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
@@ -158,6 +163,9 @@ def export(
             f"{source.named} cannot become a folder for sentence-transformers: {form}. "
             f"Use --format {'hf' if adapter is None else 'merged'}"
         )
+    if format == "sentence-transformers":
+        assert isinstance(form, SentenceTransformers)
+        check_settings(form, _settings(source), source.named)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known; known: {', '.join(DTYPES)}")
     # Told before the weights are read, which may take minutes.
@@ -245,11 +253,16 @@ class _Writer:
         extra: list[Callable[[Path], Any]] = [
             self._card(record, _base_name(self.source, self.base))
         ]
+        told = ""
         if self.format == "sentence-transformers":
             assert isinstance(form, SentenceTransformers)
+            settings = _settings(self.source)
+            told = remark(settings)
+            told = told and f"\n{told}"
             prompts = record.get("prompts") or {}
             width = model.backbone.width(model.config)
-            extra.append(lambda folder: write_files(folder, form, width=width, prompts=prompts))
+            files = {"width": width, "prompts": prompts, "settings": settings}
+            extra.append(lambda folder: write_files(folder, form, **files))
         options: dict[str, Any] = {
             "record": record,
             "dtype": self.dtype,
@@ -259,14 +272,14 @@ class _Writer:
         }
         if adapter is None:
             export_hf(flat, table, self.source.base, self.output, **options)
-            return self._said("model", trained_as, self.dtype or own)
+            return self._said("model", trained_as, self.dtype or own) + told
         before = None
         if measure:
             from vlm2vec_jax.embedding.merging import embed_samples, merge_difference
 
             before = embed_samples(model, self.source)
         export_merged(flat, table, adapter, self.source.base, self.output, **options)
-        said = self._said("model", trained_as, self.dtype or own)
+        said = self._said("model", trained_as, self.dtype or own) + told
         if before is None:
             return said
         del model, flat  # the merged one needs the memory
@@ -334,6 +347,13 @@ def _check_format(source: ModelSource, adapter: AdapterConfig | None, format: st
             f"{source.named} is a {adapter.kind} adapter on {source.base}; use --format peft for "
             f"the adapter alone, or --format merged for a full model with the adapter folded in"
         )
+
+
+def _settings(source: ModelSource) -> dict[str, Any]:
+    """Of the processor that `embed` and `evaluate` would use."""
+    from vlm2vec_jax.models.loading import abstract_model, open_processor
+
+    return open_processor(abstract_model(source.base), source, {}).settings
 
 
 def _own_dtype(folder: Path) -> tuple[str, str]:

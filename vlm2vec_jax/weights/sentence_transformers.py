@@ -5,6 +5,9 @@ The forms are those of sentence-transformers 6.2 that 5 and vLLM read as well: m
 their older spelling, pooling of the last token, normalisation, a modality `message` (without it a
 text with an image is refused), and a chat template that joins parts without any marks of turns,
 because VLM2Vec models were trained on plain prompts.
+
+What changes an encoding and is another way there is refused (`check_settings`) or written down
+(markers, pixel limits, resizing by Pillow). Only the longest text cannot be (`remark`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vlm2vec_jax.errors import UserError, raise_problems
 
 VERSION = "6.2.0"
 """Of sentence-transformers, whose forms these are; an older one says so when it loads them."""
@@ -26,10 +31,18 @@ class SentenceTransformers:
     Attributes:
       image: text that stands for an image in the model's prompts, as `<|image_pad|>`.
       modalities: what it takes, besides messages.
+      wrapped: what stands for an image where `image_markers` is `wrapped`.
+      requires: processor setting -> the only value that transformers has, and what it does.
+      pixel_limits: the settings `min_pixels` and `max_pixels` go to the image processor's file.
+      pillow: transformers would resize with torchvision, and we do it as Pillow.
     """
 
     image: str
     modalities: tuple[str, ...] = ("text", "image")
+    wrapped: str = ""
+    requires: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    pixel_limits: bool = False
+    pillow: bool = False
 
 
 # Images of all messages come first, then the system's text (which is the prompt, as
@@ -65,8 +78,52 @@ def chat_template(image: str) -> str:
     return _TEMPLATE.replace("IMAGE", json.dumps(image))
 
 
+def check_settings(form: SentenceTransformers, settings: Mapping[str, Any], named: str) -> None:
+    """Refuse a model whose inputs would be encoded otherwise in sentence-transformers.
+
+    Args:
+      form: of the backbone.
+      settings: of the model's processor.
+      named: the model, for the message.
+
+    Raises:
+      UserError: listing every such setting.
+    """
+    problems = []
+    for name, (value, there) in form.requires.items():
+        found = settings.get(name, value)
+        if found != value:
+            problems.append(f"{name}={found}: {there} ({name}={value})")
+    raise_problems(
+        f"{named} cannot become a folder for sentence-transformers, which would read its inputs "
+        f"otherwise than in training",
+        problems,
+        advice="Use --format hf or merged, or train with the values in brackets.",
+    )
+
+
+def remark(settings: Mapping[str, Any]) -> str:
+    """What users of the folder must do themselves, in a sentence; empty if nothing.
+
+    That library cuts inputs with images, too, if it cuts at all, and then fails for them.
+    """
+    most = settings.get("max_len")
+    if not most:
+        return ""
+    return (
+        f"texts without an image were cut at {most} tokens, and are not by themselves in "
+        f"sentence-transformers; where longer ones occur, encode them with "
+        f'processing_kwargs={{"text": {{"max_length": {most}}}}} (and images without)'
+    )
+
+
 def write_files(
-    folder: Path, form: SentenceTransformers, *, width: int, prompts: Mapping[str, str]
+    folder: Path,
+    form: SentenceTransformers,
+    *,
+    width: int,
+    prompts: Mapping[str, str],
+    settings: Mapping[str, Any],
 ) -> None:
     """Put the files beside a model's weights.
 
@@ -75,6 +132,10 @@ def write_files(
       form: of the backbone.
       width: D.
       prompts: name -> text, as recorded in training.
+      settings: of the model's processor, as `check_settings` has let through.
+
+    Raises:
+      UserError: if the image processor's file is needed, and there is none or it is no JSON.
     """
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
     modules = [
@@ -100,23 +161,60 @@ def write_files(
     method = {"method": "forward", "method_output_name": "last_hidden_state"}
     modalities: dict[str, Any] = {name: dict(method) for name in form.modalities}
     modalities["message"] = {**method, "format": "structured"}
-    _write(
-        folder / "sentence_bert_config.json",
-        {
-            "transformer_task": "feature-extraction",
-            "modality_config": modalities,
-            "module_output_name": "token_embeddings",
-        },
-    )
+    transformer: dict[str, Any] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": modalities,
+        "module_output_name": "token_embeddings",
+    }
+    if form.pillow:
+        # Its newer spelling, backend="pil", reaches the video processor, which has no such one.
+        transformer["processor_kwargs"] = {"use_fast": False}
+    _write(folder / "sentence_bert_config.json", transformer)
+    if form.pixel_limits:
+        _write_pixel_limits(folder, settings["min_pixels"], settings["max_pixels"])
     _write(
         folder / "1_Pooling" / "config.json",
         {"embedding_dimension": width, "pooling_mode": "lasttoken", "include_prompt": True},
     )
     names = dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding")
     _write(folder / "2_Normalize" / "config.json", names)
-    (folder / "chat_template.jinja").write_text(chat_template(form.image), encoding="utf-8")
+    image = form.wrapped if settings.get("image_markers") == "wrapped" else form.image
+    (folder / "chat_template.jinja").write_text(chat_template(image), encoding="utf-8")
     # The older place of the template, which some versions prefer, would say something else.
     (folder / "chat_template.json").unlink(missing_ok=True)
+
+
+def _write_pixel_limits(folder: Path, least: int, most: int) -> None:
+    """Put them where both generations of transformers read them."""
+    limits = {
+        "min_pixels": least,
+        "max_pixels": most,
+        "size": {"shortest_edge": least, "longest_edge": most},
+    }
+    file, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
+    done = file.exists()
+    if done:
+        _write(file, {**_read(file), **limits})
+    if nested.exists():
+        held = _read(nested)
+        if isinstance(held.get("image_processor"), dict):
+            _write(nested, {**held, "image_processor": {**held["image_processor"], **limits}})
+            done = True
+    if not done:
+        raise UserError(
+            f"the model has no {file.name}, which sentence-transformers needs to read images: "
+            f"put the one of the published model into the base model's folder"
+        )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file.name} cannot be read: {error}") from error
+    if not isinstance(held, dict):
+        raise UserError(f"{file.name} must hold an object")
+    return held
 
 
 def _prompts(prompts: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from vlm2vec_jax.models.qwen_vl.model import QwenVL
 from vlm2vec_jax.models.qwen_vl.processor import OPTIONS, planned_image_size, visual_layout
 from vlm2vec_jax.models.shared import decoder, parts
 from vlm2vec_jax.models.shared.decoder_config import decoder_flops
+from vlm2vec_jax.weights.sentence_transformers import SentenceTransformers
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -32,6 +33,21 @@ def forward_flops(config: QwenVLConfig, tokens: int, units: int = 0) -> float:
     return decoder_flops(config.text.decoder, tokens) + vision.flops(config.vision, units)
 
 
+SENTENCE_TRANSFORMERS = SentenceTransformers(
+    "<|image_pad|>",
+    wrapped="<|vision_start|><|image_pad|><|vision_end|>",
+    requires={
+        "image_positions": ("mrope", "transformers always places images by row and column"),
+        "resolution": ("native", "transformers makes no squares of images"),
+        "transparency": ("white", "transformers puts transparent images on white"),
+        "template": ("none", "the folder's template adds no conversation"),
+    },
+    pixel_limits=True,
+    pillow=True,
+)
+"""The same text for all members: the tokens have these names in every published one."""
+
+
 COMMON: dict[str, Any] = {
     "build": QwenVL,
     "options": OPTIONS,
@@ -44,5 +60,6 @@ COMMON: dict[str, Any] = {
     "flops": forward_flops,
     "image_size": planned_image_size,
     "visual_layout": visual_layout,
+    "sentence_transformers": SENTENCE_TRANSFORMERS,
 }
 """Fields of `Backbone` that are the same for all."""
