@@ -291,3 +291,18 @@ def embed_right_padded(module, batch: PackedBatch, compute):
         x = jnp.concatenate([module.input_embeddings(front, compute), x[pictures:]])
     places = module.decoder.places(batch)
     return l2_normalize(module.decoder(x, places, batch.pool_index, compute))[:, 0]
+
+
+def embed_right_padded_apart(module, batch: PackedBatch, compute):
+    """The same for any backbone, which need only be callable: f32 [R, D].
+
+    Rows with images and rows without are run one after the other, all as long as the batch's
+    longest: for one thread as much work as together.
+    """
+    import jax.numpy as jnp
+
+    pictures = len(next(iter(batch.visual.values()))) if batch.visual else 0
+    front = PackedBatch(*(leaf[:pictures] for leaf in batch[:-1]), batch.visual)
+    rest = PackedBatch(*(leaf[pictures:] for leaf in batch[:-1]), {})
+    parts = [part for part in (front, rest) if len(part.tokens)]
+    return jnp.concatenate([module(part, compute)[:, 0] for part in parts])

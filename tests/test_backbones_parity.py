@@ -273,9 +273,8 @@ def test_adapters(backbone, name, place):
         if n.startswith("grad/")
     }
     assert len(idle) == len({n.split(".lora_")[0] for n in named if np.isnan(named[n]).all()})
-    # Pixels are normalised on the device, 5e-7 from the host; at temperature 0.02 the gradients
-    # of a tower of random weights show it (measured: 2.5e-4, and 7e-5 with the host's own pixels).
-    check_gradients(got, want, relative=3e-4, absolute=1e-4)
+    # At temperature 0.02, through a tower of random weights (measured: 0.67 of this at most).
+    check_gradients(got, want, relative=1e-4, absolute=1e-4)
 
 
 def _module(name: str) -> str:

@@ -91,6 +91,12 @@ def cut_patches(image: Image.Image, size: tuple[int, int], patch: int, merge: in
     return np.ascontiguousarray(x).reshape(-1, merge * merge, patch * patch * 3)
 
 
+def pixel_table(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
+    """Normalised value of every byte in every channel, f32 [256, 3], bit by bit transformers'."""
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)[:, None]
+    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
 def grid_info(grid: Grid) -> np.ndarray:
     """i32 [units, 5]: place in the image, row, column, rows, columns, all in units."""
     place = np.arange(grid.units, dtype=np.int32)

@@ -39,6 +39,7 @@ from vlm2vec_jax.models.qwen_vl.geometry import (
     Grid,
     cut_patches,
     grid_info,
+    pixel_table,
     smart_resize,
     window_order,
 )
@@ -343,9 +344,8 @@ def pixel_values(visual: dict[str, np.ndarray], config: QwenVLConfig) -> np.ndar
     for comparisons.
     """
     vision = config.vision
-    scaled = (visual["patches"].astype(np.float64) * (1 / 255)).astype(np.float32)
-    x = scaled.reshape(-1, vision.patch_size, vision.patch_size, 3)
-    mean, std = (np.asarray(v, np.float32) for v in (config.images.mean, config.images.std))
-    x = ((x - mean) / std).transpose(0, 3, 1, 2)[:, :, None]
+    x = visual["patches"].reshape(-1, vision.patch_size, vision.patch_size, 3)
+    x = pixel_table(config.images.mean, config.images.std)[x, np.arange(3)]
+    x = x.transpose(0, 3, 1, 2)[:, :, None]
     x = np.broadcast_to(x, (*x.shape[:2], vision.temporal_patch_size, *x.shape[3:]))
     return np.ascontiguousarray(x).reshape(len(x), -1)
