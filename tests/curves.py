@@ -73,7 +73,6 @@ def curve(
     for batch, size in zip(batches, sizes, strict=True):
         _, chunks = packer.arrange(size)
         mine = {i: batch[i] for chunk in chunks for i in chunk.items(part)}
-        assert part[1] == 1 or len(mine) < len(batch)
         groups = tuple(fill_chunks(c, mine, processor.visual_layout, part=part) for c in chunks)
         ready.append(trainer.put(TrainBatch(groups, np.arange(PAIRS, dtype=np.int32))))
     options = LossOptions(mask_duplicates=True)

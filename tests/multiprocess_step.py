@@ -3,12 +3,14 @@
 
     python multiprocess_step.py MODEL OUTPUT PORT PROCESSES PROCESS
 
-Eight CPU devices in all, as a mesh of data 2, fsdp 2, tensor 2.
+Eight CPU devices in all, as a mesh of data 2, fsdp 2, tensor 2; then twenty losses of LoRA with
+GradCache on data 2, fsdp 4.
 """
 
 # ruff: noqa: E402 (jax is imported after the number of devices is said)
 import os
 import sys
+from pathlib import Path
 
 processes, process = int(sys.argv[4]), int(sys.argv[5])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
@@ -16,6 +18,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // process
 import jax
 import jax.numpy as jnp
 import numpy as np
+from curves import curve
 from jax.experimental import multihost_utils
 from training_tools import encode, packer_for, pairs
 
@@ -58,6 +61,7 @@ def main(folder: str, output: str, port: str) -> None:
     moments = flatten(trainer.state.opt.mu)
     found = {"loss": values["loss"], "grad_norm": values["grad_norm"], **moments}
     found = multihost_utils.process_allgather(found, tiled=True)
+    found["curve"] = np.array(curve(Path(folder), "lora", (2, 4, 1), cached=True, part=part))
     if process == 0:
         np.savez(output, **{name.replace("/", "|"): value for name, value in found.items()})
 

@@ -12,7 +12,6 @@ from absl import flags as absl_flags
 
 from vlm2vec_jax import flags
 from vlm2vec_jax.config import (
-    REFERENCE_TARGETS,
     Config,
     check,
     deciding,
@@ -27,6 +26,7 @@ from vlm2vec_jax.config import (
     to_dict,
 )
 from vlm2vec_jax.config_check import remarks
+from vlm2vec_jax.config_groups import REFERENCE_TARGETS
 from vlm2vec_jax.errors import UserError
 
 CONTRACT = """model.path model.adapter model.dtype adapter.type adapter.rank adapter.alpha

@@ -2,8 +2,8 @@
 """The same loss curve on every mesh, with GradCache and without, for LoRA, DoRA and full training.
 
 Not all thirty combinations: every mesh meets GradCache and the plain step or two kinds of training,
-and every kind meets both; each is held to the plain step of its kind on one device. A step of two
-processes of four devices is in `test_multiprocess.py`.
+and every kind meets both; each is held to the plain step of its kind on one device. Two processes
+of four devices are in `test_multiprocess.py`.
 """
 
 import functools

@@ -38,6 +38,7 @@ HOST_FILES = {
     "planning",
     "config",
     "config_check",
+    "config_groups",
     "options",
 }
 QWEN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}

@@ -47,6 +47,8 @@ def test_two_processes_are_one(repository, tmp_path):
         with np.load(output) as found:
             results.append(dict(found))
     one, two = results
+    # One process of eight is held to one device in `test_curves.py`.
+    np.testing.assert_allclose(two.pop("curve"), one.pop("curve"), rtol=1e-5)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(two.pop(name), one.pop(name), rtol=1e-6)
     check_gradients(two, one, relative=2e-5, absolute=1e-7)

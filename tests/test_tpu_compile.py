@@ -10,16 +10,15 @@ import subprocess
 import sys
 
 import pytest
-from full_size import CONFIG
+from full_size import FOLDER
 
 pytestmark = pytest.mark.slow
 
-LAYERS = 5
-TEXT_STEP = """
+STEP = """
 import json, os, sys
-from pathlib import Path
 import vlm2vec_jax.compile as command
-accelerator, hbm = command.read_topology("v5e:2x2")
+folder, kind, topology, rows, row = sys.argv[1:]
+accelerator, hbm = command.read_topology(topology)
 os.environ["TPU_ACCELERATOR_TYPE"] = accelerator
 import jax
 from vlm2vec_jax.config import AdapterConfig, Config, DataConfig, ModelConfig
@@ -30,21 +29,26 @@ from vlm2vec_jax.parallel.mesh import make_mesh
 from vlm2vec_jax.training import aot, plan, setup
 from vlm2vec_jax.training.step import StepSpec
 config = Config(
-    model=ModelConfig(path=sys.argv[1]), adapter=AdapterConfig(type="lora", dropout=0.0),
+    model=ModelConfig(path=folder), adapter=AdapterConfig(type=kind, dropout=0.0),
     data=DataConfig(path="-"), output="-",
 )
-mesh = make_mesh(1, 4, 1, devices=command.devices("v5e:2x2"))
+devices = command.devices(topology)
+mesh = make_mesh(1, len(devices), 1, devices=devices)
 trainer = aot.abstract_trainer(config, mesh)
-model = abstract_model(sys.argv[1])
+model = abstract_model(folder)
 layout = model.backbone.visual_layout(model.config)
-batch = aot.abstract_batch([ChunkShape(RowShape(512, 0, 16), 16, 2)], 64, layout, mesh)
+shape = RowShape(*json.loads(row))
+batch = aot.abstract_batch([ChunkShape(shape, int(rows), 2)], 64, layout, mesh)
 compiled = aot.compile_step(trainer, StepSpec(setup.compute(config)), batch)
 found = [
     {"kind": op.kind, "loops": op.loops, "arrays": [[a.dtype, a.shape] for a in op.arrays]}
     for op in hlo.collectives(compiled)
 ]
-print(json.dumps({**plan.measure(compiled, hbm), "found": found}))
+sizes = trainer.sizes()
+print(json.dumps({**plan.measure(compiled, hbm), "found": found, "sizes": sizes}))
 """
+LAYER = {(1, 3072, 16384), (1, 3072, 9216), (1, 8192, 3072), (1, 3072, 3072)}
+"""The kernels of one decoder layer."""
 
 
 @pytest.fixture(scope="module")
@@ -59,40 +63,60 @@ def environment():
     }
 
 
-def test_real_width_lora_step_for_a_v5e_slice(tmp_path, environment, repository):
-    """The real model's width, five layers, GradCache, weights cut four ways."""
-    config = json.loads(CONFIG.read_text()) | {"num_hidden_layers": LAYERS}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def compiled(environment, repository, *args) -> dict:
+    """The report of `STEP`; args: adapter type, topology, rows of a chunk, a row's shape."""
     done = subprocess.run(
-        [sys.executable, "-c", TEXT_STEP, str(tmp_path)],
+        [sys.executable, "-c", STEP, str(FOLDER), *map(str, args)],
         cwd=repository,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    # A quarter of 0.57 G decoder and 0.1 G vocabulary parameters in bf16; vision is not asked for.
-    assert 0.3e9 < report["memory"]["arguments"] < 0.45e9
-    assert report["fits"] and report["peak_bytes_per_chip"] < 4e9
-    found = report["found"]
-    layer = {(1, 3072, 16384), (1, 3072, 9216), (1, 8192, 3072), (1, 3072, 3072)}
-    gathered = [
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gathers(report) -> list[tuple[tuple, str, tuple]]:
+    """(loops around it, type, shape) of everything that is gathered."""
+    return [
         (tuple(op["loops"]), dtype, tuple(shape))
-        for op in found
+        for op in report["found"]
         if op["kind"] == "all-gather"
         for dtype, shape in op["arrays"]
     ]
-    for loops, dtype, shape in gathered:
+
+
+def test_the_whole_lora_step_for_a_v5e_slice(environment, repository):
+    """All 4.15 B parameters, GradCache, weights cut four ways, rows of texts."""
+    report = compiled(environment, repository, "lora", "v5e:2x2", 16, [512, 0, 16])
+    # All but the head that no embedding needs, which is not part of the model here.
+    assert 4.0e9 < sum(report["sizes"]) < 4.2e9
+    # A quarter of 3.6 G decoder and 0.1 G vocabulary parameters in bf16; vision is not asked for.
+    assert 1.8e9 < report["memory"]["arguments"] < 2.1e9
+    assert report["fits"] and report["peak_bytes_per_chip"] < 6e9
+    found = gathers(report)
+    for loops, dtype, shape in found:
         if loops:
-            assert shape in layer and dtype == "bf16", (loops, dtype, shape)
+            assert shape in LAYER and dtype == "bf16", (loops, dtype, shape)
         elif dtype == "bf16":
-            assert shape in layer | {(32064, 3072)}, shape
+            assert shape in LAYER | {(32064, 3072)}, shape
     # Both passes of GradCache and the backward pass gather each kernel once a layer.
-    in_layers = [shape for loops, _, shape in gathered if len(loops) == 2]
-    assert {in_layers.count(shape) for shape in layer} == {3}
+    in_layers = [shape for loops, _, shape in found if len(loops) == 2]
+    assert {in_layers.count(shape) for shape in LAYER} == {3}
     # Chunks x rows x sequences of embeddings, once.
-    assert [s for loops, d, s in gathered if d == "f32"] == [(2, 16, 16, 3072)]
+    assert [s for loops, d, s in found if d == "f32"] == [(2, 16, 16, 3072)]
+
+
+def test_the_whole_full_training_step_for_a_v5e_slice(environment, repository):
+    """Every parameter with float32 masters and both moments, cut sixteen ways."""
+    report = compiled(environment, repository, "none", "v5e:4x4", 16, [512, 0, 16])
+    assert 3.6e9 < report["sizes"][0] < 4.2e9
+    # Masters and two moments, 12 bytes a parameter, by sixteen.
+    assert 2.6e9 < report["memory"]["arguments"] < 3.3e9
+    assert report["fits"] and report["peak_bytes_per_chip"] < 12e9
+    for loops, _, shape in gathers(report):
+        if loops:
+            assert shape in LAYER, (loops, shape)
 
 
 def test_the_command_reports_a_small_model(tmp_path, environment, repository):
