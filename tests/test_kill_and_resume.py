@@ -16,14 +16,14 @@ from test_train_command import whole as whole
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again(repository):
-    """Three of the kills that the script does twenty of: in a step, in a save, while starting."""
+    """Two of the kills that the script does twenty of, and one that goes on on another mesh."""
     script = repository / "tests/tools/kill_and_resume.py"
     done = subprocess.run(
-        [sys.executable, script, "--kills", "3", "--elastic", "1", "--seed", "5"],
+        [sys.executable, script, "--kills", "2", "--elastic", "1", "--seed", "5"],
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "same mesh: 3 kills" in done.stdout and "no difference (bit for bit)" in done.stdout
+    assert "same mesh: 2 kills" in done.stdout and "no difference (bit for bit)" in done.stdout
     assert "no difference (losses to 1e-6)" in done.stdout
 
 

@@ -113,7 +113,7 @@ def test_folders_that_are_no_model(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         backbone_of(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="'llama' is not known; known: phi3_v"):
+    with pytest.raises(UserError, match="'llama' is not known; known: .*phi3_v"):
         backbone_of(tmp_path)
 
 

@@ -131,8 +131,6 @@ def test_cached_is_plain(chunk_tokens, folder, processor, encoded, plain):
 @pytest.mark.parametrize(
     "shape, kind",
     [
-        pytest.param((8, 1, 1), "full", marks=slow),
-        pytest.param((2, 4, 1), "lora", marks=slow),
         pytest.param((2, 2, 2), "dora", marks=slow),
         ((2, 2, 2), "full"),
     ],
@@ -213,7 +211,6 @@ def test_masked_duplicates(folder, processor, texts):
     [
         ("dora", "texts"),
         pytest.param("dora", "encoded", marks=slow),
-        pytest.param("lora", "encoded", marks=slow),
     ],
 )
 def test_dropout_is_the_same_in_both_passes(kind, inputs, folder, processor, request):
