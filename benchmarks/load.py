@@ -45,6 +45,8 @@ def main() -> None:
     if args.memory_of:
         print(memory(Path(args.memory_of)))
         return
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="load-", dir=args.folder))
     try:
         measure(folder, args)
