@@ -4,6 +4,7 @@
 # make test-fast  the same without the slow ones
 # make test-torch what needs torch, transformers' models and peft; in an environment of its own
 # make test-optional  those that need ray, lancedb and faiss, in an environment of their own
+# make bench      measure on the device that is here: a table, and a file in benchmarks/results
 # make lint       ruff (lint and format), pyright, shellcheck
 # make clean      remove the demonstration's files and caches; the environment stays
 #
@@ -23,7 +24,7 @@ REQUIREMENTS := pyproject.toml requirements.txt requirements-dev.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: demo test test-fast test-torch test-optional lint clean
+.PHONY: demo test test-fast test-torch test-optional bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -62,6 +63,9 @@ test-torch: $(VENV_TORCH)/.installed
 test-optional:
 	$(MAKE) VENV=$(VENV)-optional $(VENV)-optional/.installed-optional
 	$(VENV)-optional/bin/python -m pytest -m ray $(ARGS)
+
+bench: $(VENV)/.installed
+	$(PY) -m benchmarks $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the benchmarks measure: one pinned thread, CPU seconds, A and B in turn, median of ratios.
+"""How the benchmarks measure: A and B in turn in one process, medians of ratios, rows of a table.
 
-Also the scaled-down model that they share and the inputs that they make up. Importing this file
-does not import jax, so that `pin` can still set the environment.
+On a CPU one pinned thread whose CPU seconds are counted, on an accelerator wall seconds until the
+result is there. Importing this file does not import jax, so that `prepare` can still set the
+environment.
 """
 
 from __future__ import annotations
@@ -13,36 +14,90 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vlm2vec_jax.inputs import EncodedInput, VisualLayout
-from vlm2vec_jax.packing import PackedBatch, RowShape, fill
-
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow")
+SIMULATED = 8
+"""Devices that a CPU is made to look like; all but the first are for collectives alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What the user asked for, handed to every benchmark.
+
+    Attributes:
+      device: `cpu`, `gpu` or `tpu`.
+      size: of the model, a name in `beds.SIZES`.
+      rounds: turns of A and B.
+      quick: tiny shapes and one round, to see that everything runs; figures mean nothing.
+      seed: of inputs and weights.
+    """
+
+    device: str = "cpu"
+    size: str = "scaled"
+    rounds: int = 5
+    quick: bool = False
+    seed: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in; bfloat16 on a CPU is 80 times slower than float32."""
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+    def pick(self, full: Any, quick: Any) -> Any:
+        """`full`, or `quick` where only running matters."""
+        return quick if self.quick else full
+
+
+def accelerator() -> str:
+    """The kind of device that jax would take here: `cpu`, `gpu` or `tpu`."""
+    named = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if not named:
+        # In a process of its own: whoever has asked jax can no longer choose its flags.
+        code = "import jax; print(jax.default_backend())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        named = done.stdout.split()[-1] if done.returncode == 0 and done.stdout else "cpu"
+    return {"cuda": "gpu", "rocm": "gpu"}.get(named, named)
+
+
+def prepare(device: str = "cpu") -> None:
+    """Set the environment; call before jax is imported.
+
+    A CPU is bound to one processor and one thread: a shared machine slows wall time, and threads
+    that wait for each other slow CPU time; one thread whose CPU seconds are counted disturbs
+    itself least.
+    """
+    global clock
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" not in flags:
+        flags += f" --xla_force_host_platform_device_count={SIMULATED}"
+    if device == "cpu":
+        os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+        flags += " --xla_cpu_multi_thread_eigen=false"
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.environ["XLA_FLAGS"] = flags.strip()
+    clock = time.process_time if device == "cpu" else time.perf_counter
 
 
 def pin() -> None:
-    """Bind this process to one processor and one thread; call before jax is imported.
+    """`prepare` for the CPU, whatever else is there."""
+    prepare("cpu")
 
-    A shared machine slows wall time, and threads that wait for each other slow CPU time; one
-    thread whose CPU seconds are counted disturbs itself least.
-    """
-    os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+clock: Callable[[], float] = time.process_time
+"""Seconds as the device wants them counted, see `prepare`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """CPU seconds of each case in each round.
+    """Seconds of each case in each round.
 
     Attributes:
       seconds: case -> a number per round.
@@ -53,7 +108,7 @@ class Timing:
     load: tuple[float, float]
 
     def median(self, case: str) -> float:
-        """CPU seconds."""
+        """Seconds."""
         return statistics.median(self.seconds[case])
 
     def ratio(self, slow: str, fast: str) -> float:
@@ -62,87 +117,181 @@ class Timing:
         return statistics.median(a / b for a, b in pairs)
 
 
-def alternate(cases: Mapping[str, Callable[[], Any]], rounds: int) -> Timing:
-    """Run all cases in turn, `rounds` times, after one run of each that does not count."""
-    for function in cases.values():
-        function()
+def alternate(cases: Mapping[str, Callable[[], Any]], rounds: int, *, warm: bool = True) -> Timing:
+    """Run all cases in turn, `rounds` times, after one run of each that does not count.
+
+    Args:
+      cases: functions that return when their result is there.
+      rounds: turns.
+      warm: make the run that does not count; False where the caller has just made it.
+    """
+    if warm:
+        for function in cases.values():
+            function()
     before = os.getloadavg()[0]
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds):
         # Back and forth, so that none is always the one after.
         for name in list(cases) if turn % 2 == 0 else reversed(list(cases)):
-            start = time.process_time()
+            start = clock()
             cases[name]()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(clock() - start)
     return Timing(seconds, (before, os.getloadavg()[0]))
 
 
 @dataclasses.dataclass
-class Comparison:
-    """A line of the result: how many times as fast `ours` is as `against`.
+class Row:
+    """A line of the table.
 
     Attributes:
-      name: of the comparison.
-      against: the baseline.
-      ratio: time of the baseline / our time (for overheads: our time / the baseline's).
-      target: what the ratio must reach; `at_most` says it must not exceed it.
-      seconds: (ours, the baseline's), CPU seconds.
+      what: was measured.
+      ours: the figure, in `unit`.
+      unit: of `ours` and `baseline`.
+      against: the baseline in words, or what is asked for.
+      baseline: its figure; None where there is none.
+      ratio: how many times as good ours is (for overheads: how many times the baseline it
+        costs); None where the figure speaks for itself.
+      target: what `ratio` (or `ours`, if there is no ratio) must reach; None for no target.
+      at_most: the target must not be exceeded.
       shapes: what was computed.
     """
 
-    name: str
-    against: str
-    ratio: float
-    target: float
-    seconds: tuple[float, float]
-    shapes: dict[str, Any]
+    what: str
+    ours: float
+    unit: str = "s"
+    against: str = ""
+    baseline: float | None = None
+    ratio: float | None = None
+    target: float | None = None
     at_most: bool = False
+    shapes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def met(self) -> bool:
-        """Whether the target is met."""
-        return self.ratio <= self.target if self.at_most else self.ratio >= self.target
+    def met(self) -> bool | None:
+        """Whether the target is met; None without one."""
+        if self.target is None:
+            return None
+        figure = self.ours if self.ratio is None else self.ratio
+        return bool(figure <= self.target if self.at_most else figure >= self.target)
 
 
-def report(name: str, lines: Sequence[Comparison], timings: Mapping[str, Timing], **more) -> Path:
-    """Print the table and write `results/<date>-<device>-<name>.json`; returns its path."""
-    from rich.console import Console
+@dataclasses.dataclass
+class Result:
+    """What a benchmark found: rows of the table, and what the JSON holds besides."""
+
+    rows: list[Row]
+    timings: dict[str, Timing] = dataclasses.field(default_factory=dict)
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "rows": [{**dataclasses.asdict(row), "met": row.met} for row in self.rows],
+            "timings": {case: dataclasses.asdict(timing) for case, timing in self.timings.items()},
+            **self.more,
+        }
+
+
+def compared(
+    what: str,
+    against: str,
+    timing: Timing,
+    ours: str,
+    base: str,
+    target: float | None = None,
+    shapes: Mapping[str, Any] | None = None,
+) -> Row:
+    """The row that says how many times as fast case `ours` is as case `base`."""
+    return Row(
+        what,
+        timing.median(ours),
+        "s",
+        against,
+        timing.median(base),
+        timing.ratio(base, ours),
+        target,
+        shapes=dict(shapes or {}),
+    )
+
+
+def overhead(
+    what: str,
+    against: str,
+    timing: Timing,
+    ours: str,
+    base: str,
+    target: float | None = None,
+    shapes: Mapping[str, Any] | None = None,
+) -> Row:
+    """The row that says how many times case `base` case `ours` costs."""
+    row = compared(what, against, timing, ours, base, target, shapes)
+    return dataclasses.replace(row, ratio=timing.ratio(ours, base), at_most=True)
+
+
+def figure(value: float, unit: str) -> str:
+    """A number with its unit, three digits that count."""
+    if unit == "share":
+        return f"{value:.1%}"
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{shown} {unit}".strip()
+
+
+def table(results: Mapping[str, Result], title: str):
+    """All rows as one table of rich."""
     from rich.table import Table
 
-    table = Table(title=f"{name} (one thread, CPU seconds, medians)")
-    for column in ("what", "ours", "against", "baseline", "ratio", "target", "met"):
-        table.add_column(column)
-    for line in lines:
-        sign = "<=" if line.at_most else ">="
-        table.add_row(
-            line.name,
-            f"{line.seconds[0]:.3f} s",
-            line.against,
-            f"{line.seconds[1]:.3f} s",
-            f"{line.ratio:.2f}",
-            f"{sign} {line.target}",
-            "yes" if line.met else "NO",
-        )
-    Console(width=110).print(table)
-    loads = ", ".join(f"{case} {t.load[0]:.1f} to {t.load[1]:.1f}" for case, t in timings.items())
-    print(f"load average of the machine: {loads}")
-    record = {
-        "benchmark": name,
-        **machine(),
-        "method": "one pinned thread, CPU seconds, cases in turn, median of the rounds' ratios",
-        "results": [{**dataclasses.asdict(line), "met": line.met} for line in lines],
-        "timings": {case: dataclasses.asdict(timing) for case, timing in timings.items()},
-        **more,
-    }
-    path = RESULTS / f"{record['date']}-cpu-{name}.json"
+    made = Table(title=title)
+    made.add_column("benchmark", no_wrap=True)
+    for column in ("what", "ours", "against", "baseline", "ratio", "target", "pass"):
+        made.add_column(column)
+    for name, result in results.items():
+        for number, row in enumerate(result.rows):
+            sign = "<=" if row.at_most else ">="
+            unit = row.unit if row.ratio is None else ""
+            target = "" if row.target is None else f"{sign} {figure(row.target, unit)}"
+            made.add_row(
+                "" if number else name,
+                row.what,
+                figure(row.ours, row.unit),
+                row.against,
+                "" if row.baseline is None else figure(row.baseline, row.unit),
+                "" if row.ratio is None else f"{row.ratio:.2f}",
+                target,
+                {True: "yes", False: "NO", None: ""}[row.met],
+            )
+    return made
+
+
+def show(results: Mapping[str, Result], title: str) -> None:
+    """Print the table."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table(results, title))
+
+
+def write(path: Path, record: Mapping[str, Any]) -> Path:
+    """Write JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
 def machine() -> dict[str, Any]:
     """What a figure must be read with: date, commit, versions, processor, load average."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "git": git_head(),
@@ -153,156 +302,14 @@ def machine() -> dict[str, Any]:
 
 
 def git_head(root: Path = Path(__file__).parent.parent) -> str:
-    """The commit that is checked out, read from the repository's files; "" where there is none."""
-    try:
-        head = (root / ".git/HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        loose = root / ".git" / name
-        if loose.exists():
-            return loose.read_text().strip()
-        packed = (root / ".git/packed-refs").read_text().splitlines()
-        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), "")
-    except OSError:
-        return ""
-
-
-SIZES = {
-    "model_type": "phi3_v",
-    "hidden_act": "silu",
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 1024,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 131072,
-    "original_max_position_embeddings": 4096,
-    "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48},
-    "embd_layer": {
-        "embedding_cls": "image",
-        "hd_transform_order": "sub_glb",
-        "projection_cls": "mlp",
-        "use_hd_transform": True,
-        "with_learnable_separator": True,
-    },
-    "img_processor": {"name": "clip_vision_model", "image_dim_out": 128, "num_img_tokens": 144},
-    "vision_config": {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "image_size": 336,
-        "patch_size": 14,
-        "layer_norm_eps": 1e-5,
-    },
-}
-"""Phi-3.5-Vision scaled down: crops of 336 pixels, and the shares of decoder and CLIP per image
-(2.8 to 1) about as in the real model (3 to 1)."""
-
-
-def scaled_down():
-    """The model of `SIZES` with random weights, as `models.loading.Model`."""
-    from flax import nnx
-
-    from vlm2vec_jax.models.loading import Model
-    from vlm2vec_jax.models.phi3v.backbone import BACKBONE
-    from vlm2vec_jax.models.phi3v.config import from_dicts
-
-    config = from_dicts(SIZES, SIZES["vision_config"])
-    module = BACKBONE.build(config, rngs=nnx.Rngs(0))
-    return Model(BACKBONE, config, Path("."), module)
-
-
-LAYOUT = VisualLayout(2, 144, {"crops": ((336, 336, 3), "uint8"), "crop_info": ((5,), "int32")})
-
-
-class NoProcessor:
-    """What the Embedder asks of a processor when its inputs are encoded already."""
-
-    visual_layout = LAYOUT
-
-
-def text_lengths(rng: np.random.Generator, count: int, *, median=24, sigma=0.7, most=250):
-    """Lognormal token counts, clipped to [2, most]."""
-    drawn = rng.lognormal(np.log(median), sigma, count)
-    return np.clip(np.round(drawn), 2, most).astype(int)
-
-
-def text(rng: np.random.Generator, length: int) -> EncodedInput:
-    """A text of random tokens."""
-    tokens = rng.integers(3, SIZES["vocab_size"], length).astype(np.int32)
-    place = np.arange(length, dtype=np.int32)
-    return EncodedInput(tokens, np.full(length, -1, np.int32), place)
-
-
-def photo(rng: np.random.Generator, rows: int, columns: int, question: int) -> EncodedInput:
-    """A photograph of rows x columns crops and a question of some tokens."""
-    from vlm2vec_jax.models.phi3v.hd_transform import crop_info, hd_geometry, image_feature_index
-
-    geometry = hd_geometry(336 * columns, 336 * rows, rows * columns, 336)
-    assert (geometry.rows, geometry.columns) == (rows, columns)
-    info = crop_info(geometry)
-    crops = rng.integers(0, 256, (len(info), 336, 336, 3), np.uint8)
-    crops[0] = 0
-    index = image_feature_index(rows, columns, 12, "sub_glb")
-    words = text(rng, question)
-    tokens = np.concatenate([np.ones(1), np.zeros(len(index)), words.tokens]).astype(np.int32)
-    features = np.concatenate([[-1], index, words.feature_index]).astype(np.int32)
-    place = np.arange(len(tokens), dtype=np.int32)
-    visual = {"crops": crops, "crop_info": np.asarray(info, np.int32)}
-    return EncodedInput(tokens, features, place, visual, len(info))
-
-
-def right_padded(
-    items: Sequence[EncodedInput],
-    layout: VisualLayout = LAYOUT,
-    multiple: int = 1,
-    units: int = 0,
-) -> PackedBatch:
-    """One input to a row, all rows as long as the longest; inputs with images in front.
-
-    Crops are given for those alone (the reference, too, spares texts its vision tower), so
-    `visual` has fewer rows than the rest. The length is rounded up to a multiple, where a program
-    for each would take too long to compile; an image has at least `units` crops.
-    """
-    order = sorted(range(len(items)), key=lambda i: items[i].units == 0)
-    pictures = sum(item.units > 0 for item in items)
-    length = -(-max(map(len, items)) // multiple) * multiple
-    most = max(item.units for item in items)
-    shape = RowShape(length, max(most, units) if most else 0, 1)
-    batch = fill([[i] for i in order], items, shape, layout)
-    return batch._replace(visual={name: leaf[:pictures] for name, leaf in batch.visual.items()})
-
-
-def embed_right_padded(module, batch: PackedBatch, compute):
-    """What the model does on a packed batch, on one of `right_padded`: f32 [R, D]."""
-    import jax.numpy as jnp
-
-    from vlm2vec_jax.nn.norm import l2_normalize
-
-    pictures = len(batch.visual["crops"]) if batch.visual else 0
-    x = module.input_embeddings(batch._replace(visual={}), compute)
-    if pictures:
-        front = PackedBatch(*(leaf[:pictures] for leaf in batch[:-1]), batch.visual)
-        x = jnp.concatenate([module.input_embeddings(front, compute), x[pictures:]])
-    places = module.decoder.places(batch)
-    return l2_normalize(module.decoder(x, places, batch.pool_index, compute))[:, 0]
-
-
-def embed_right_padded_apart(module, batch: PackedBatch, compute):
-    """The same for any backbone, which need only be callable: f32 [R, D].
-
-    Rows with images and rows without are run one after the other, all as long as the batch's
-    longest: for one thread as much work as together.
-    """
-    import jax.numpy as jnp
-
-    pictures = len(next(iter(batch.visual.values()))) if batch.visual else 0
-    front = PackedBatch(*(leaf[:pictures] for leaf in batch[:-1]), batch.visual)
-    rest = PackedBatch(*(leaf[pictures:] for leaf in batch[:-1]), {})
-    parts = [part for part in (front, rest) if len(part.tokens)]
-    return jnp.concatenate([module(part, compute)[:, 0] for part in parts])
+    """The commit that is checked out, "+changes" behind it if files differ; "" if unknown."""
+    told = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        except OSError:  # no git here
+            return ""
+        if done.returncode:
+            return ""
+        told.append(done.stdout.strip())
+    return told[0] + ("+changes" if told[1] else "")

@@ -1,200 +1,180 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed rows against right-padded batches: the same inputs, the same model, one thread.
+"""Embeddings: packed rows on the Embedder's own road against the reference-shaped form.
 
-    python -m benchmarks.embed [--texts 128] [--photos 6] [--rounds 5] [--backbone NAME|all]
-
-The baseline is what the reference does, in our own code: batches in random order, every input a
-row, padded to the longest of its batch (of 64 for texts; of 8 and of 16 for a mixture of texts
-and photographs). Both sides give the same embeddings, which is checked.
-
-With `--backbone`, a small model of that registered backbone (`small_backbones.py`) instead of the
-scaled-down Phi-3.5-Vision, and batches of 8 for the mixture; no target but that packing is not
-slower.
+Texts, photographs of 4 and of 16 crops, and a mixture. Both sides give the same embeddings, which
+is checked. Single remedies are in `remedies.py`.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
+
+import numpy as np
 
 from benchmarks import common
+from benchmarks.beds import Bed, NoProcessor
+from benchmarks.common import How, Result, compared
+from benchmarks.peak import useful
+
+GRID = 16
+"""What the lengths of right-padded batches are multiples of, so that few programs serve them."""
 
 
-def main() -> None:
-    """Measure, print, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=128)
-    parser.add_argument("--sigma", type=float, default=0.7, help="of the texts' lognormal lengths")
-    parser.add_argument("--photos", type=int, default=6, help="beside 10 texts for every 6")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backbone", help="a registered backbone, or `all` of them")
-    args = parser.parse_args()
-    common.pin()
-    if args.backbone is not None:
-        compare_backbones(parser, args)
-    else:
-        compare_scaled_down(args)
+def texts(how: How) -> Result:
+    """Texts of lognormal lengths, in batches of 64 in random order, and in sorted ones of 16."""
+    count = how.pick(96, 12) if how.device == "cpu" else 4096
+    bench = Bench(how)
+    rng = np.random.default_rng(how.seed)
+    items = bench.bed.texts(rng, count)
+    cases = {
+        "packed": lambda: bench.packed(items),
+        "random 64": lambda: bench.shaped(items, 64, multiple=GRID),
+        "sorted 16": lambda: bench.shaped(sorted(items, key=len), 16, multiple=GRID),
+    }
+    timing = bench.compare(cases, how.rounds, unordered=("sorted 16",))
+    shapes = bench.shapes(items)
+    rows = [
+        compared(
+            f"{count} texts",
+            "reference-shaped, batches of 64 in random order",
+            timing, "packed", "random 64", 3.0,
+            {**shapes, "padded_tokens": padded_tokens(items, 64)},
+        ),
+        compared(
+            f"{count} texts", "the same, sorted batches of 16",
+            timing, "packed", "sorted 16", 1.2, shapes,
+        ),
+        useful(how, "texts, useful FLOPs", bench.bed.flops(items), timing.median("packed"), 0.45),
+    ]  # fmt: skip
+    rows[0].shapes["embeddings_per_s"] = count / timing.median("packed")
+    return bench.result(rows, {"texts": timing})
 
 
-def compare_scaled_down(args: argparse.Namespace) -> None:
-    """The figures of the scaled-down Phi-3.5-Vision, against their targets."""
-    import numpy as np
+def photos_4(how: How) -> Result:
+    """Photographs at num_crops 4: 2 x 2 crops, where none is padding, and 1 x 2."""
+    return _photos(how, 4, ((2, 2, 2, 1.3), (1, 2, 2, None)), 47)
 
-    rng = np.random.default_rng(args.seed)
-    texts = [common.text(rng, n) for n in common.text_lengths(rng, args.texts, sigma=args.sigma)]
-    count = max(args.photos * 10 // 6, 1)
-    mixture = [common.text(rng, n) for n in common.text_lengths(rng, count, sigma=args.sigma)]
-    mixture += [common.photo(rng, 2, 2, n) for n in common.text_lengths(rng, args.photos)]
-    rng.shuffle(mixture)
 
-    bench = Bench(
-        common.scaled_down(), common.NoProcessor(), common.LAYOUT, common.embed_right_padded
-    )
-    lines, timings = [], {}
-    for name, items, sizes, target in (
-        ("texts", texts, (64,), 2.0),
-        ("mixed", mixture, (8, 16), 1.5),
-    ):
-        timings[name] = bench.compare(items, sizes, args.rounds)
-        shapes = bench.shapes(items)
-        for size in sizes:
-            lines.append(
-                common.Comparison(
-                    name,
-                    f"right-padded, batches of {size}",
-                    timings[name].ratio(f"padded {size}", "packed"),
-                    target,
-                    (timings[name].median("packed"), timings[name].median(f"padded {size}")),
-                    {**shapes, "padded_tokens": padded_tokens(items, size)},
-                )
+def photos_16(how: How) -> Result:
+    """Photographs at num_crops 16: 3 x 4 crops, 13 of 17 real."""
+    return _photos(how, 16, ((3, 4, 1, 1.6),), 18)
+
+
+def _photos(how: How, num_crops: int, kinds, rate: float) -> Result:
+    bench = Bench(how)
+    rng = np.random.default_rng(how.seed)
+    rows, timings = [], {}
+    for down, across, count, target in kinds:
+        count = how.pick(count, 1) if how.device == "cpu" else 64
+        items = [bench.bed.photo(rng, down, across, n) for n in rng.integers(16, 48, count)]
+        size = max(count // 2, 1) if how.device == "cpu" else 16
+        name = f"{down}x{across} crops"
+        timings[name] = timing = bench.compare(
+            {
+                "packed": functools.partial(bench.packed, items),
+                "shaped": functools.partial(bench.shaped, items, size, num_crops + 1, GRID),
+            },
+            how.rounds,
+        )
+        per_second = count / timing.median("packed")
+        shapes = {**bench.shapes(items), "padded_crops": count * (num_crops + 1)}
+        rows.append(
+            compared(
+                f"{count} photos of {name}", f"reference-shaped, batches of {size}",
+                timing, "packed", "shaped", target, {**shapes, "images_per_s": per_second},
             )
-    path = common.report(
-        "embed",
-        lines,
-        timings,
-        options={name: value for name, value in vars(args).items() if name != "backbone"},
-        largest_difference=bench.largest_difference,
-    )
-    print(f"largest difference of an embedding: {bench.largest_difference:.1e}; written to {path}")
+        )  # fmt: skip
+        seconds = timing.median("packed")
+        rows.append(useful(how, f"{name}, useful FLOPs", bench.bed.flops(items), seconds, 0.45))
+        if how.size == "real":
+            row = common.Row(f"{name}, rate", per_second, "images/s", "H200", target=rate)
+            rows.append(row)
+    return bench.result(rows, timings)
 
 
-def compare_backbones(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Every small model asked for, one after the other."""
-    import numpy as np
-
-    from benchmarks import small_backbones
-    from vlm2vec_jax.models.registry import BACKBONES
-
-    names = sorted(BACKBONES) if args.backbone == "all" else [args.backbone]
-    unknown = sorted(set(names) - set(small_backbones.SMALL))
-    if unknown:
-        known = ", ".join(sorted(small_backbones.SMALL))
-        parser.error(f"no small model of {', '.join(unknown)}; there are {known}, and all")
-    lines, timings, differences = [], {}, {}
-    for name in names:
-        rng = np.random.default_rng(args.seed)
-        model, processor = small_backbones.build(name)
-        texts = [
-            small_backbones.text(processor, rng, n)
-            for n in common.text_lengths(rng, args.texts, sigma=args.sigma)
-        ]
-        count = max(args.photos * 10 // 6, 1)
-        mixture = [
-            small_backbones.text(processor, rng, n)
-            for n in common.text_lengths(rng, count, sigma=args.sigma)
-        ]
-        mixture += [
-            small_backbones.photo(processor, rng, n) for n in common.text_lengths(rng, args.photos)
-        ]
-        rng.shuffle(mixture)
-        bench = Bench(model, processor, processor.visual_layout, common.embed_right_padded_apart)
-        for kind, items, size in (("texts", texts, 64), ("mixed", mixture, 8)):
-            what = f"{name}, {kind}"
-            timing = timings[what] = bench.compare(items, (size,), args.rounds)
-            lines.append(
-                common.Comparison(
-                    what,
-                    f"right-padded, batches of {size}",
-                    timing.ratio(f"padded {size}", "packed"),
-                    1.0,
-                    (timing.median("packed"), timing.median(f"padded {size}")),
-                    {**bench.shapes(items), "padded_tokens": padded_tokens(items, size)},
-                )
-            )
-        differences[name] = bench.largest_difference
-    path = common.report(
-        "embed-backbones" if args.backbone == "all" else f"embed-{args.backbone}",
-        lines,
-        timings,
-        options=vars(args),
-        largest_difference=differences,
-        models="random weights, decoders of equal size; see small_backbones.py",
-    )
-    print(f"largest difference of an embedding: {max(differences.values()):.1e}; written to {path}")
+def mixed(how: How) -> Result:
+    """Three photographs of 2 x 2 crops and five short texts, in chance order."""
+    bench = Bench(how)
+    rng = np.random.default_rng(how.seed)
+    many = 1 if how.device == "cpu" else 32
+    items = bench.bed.texts(rng, 5 * many)
+    items += [bench.bed.photo(rng, 2, 2, n) for n in rng.integers(8, 40, 3 * many)]
+    items = [items[i] for i in rng.permutation(len(items))]
+    sizes = {2: 1.7, 4: None, 8: 2.8}
+    cases = {"packed": lambda: bench.packed(items)}
+    for size in how.pick(sizes, {8: None}):
+        cases[f"shaped {size}"] = lambda size=size: bench.shaped(items, size, 5, GRID)
+    timing = bench.compare(cases, how.rounds)
+    shapes = bench.shapes(items)
+    rows = [
+        compared(
+            "texts and photos", f"reference-shaped, batches of {size}",
+            timing, "packed", f"shaped {size}", target,
+            {**shapes, "padded_tokens": padded_tokens(items, size)},
+        )
+        for size, target in sizes.items()
+        if f"shaped {size}" in cases
+    ]  # fmt: skip
+    flops = bench.bed.flops(items)
+    rows.append(useful(how, "mixture, useful FLOPs", flops, timing.median("packed"), 0.45))
+    return bench.result(rows, {"mixed": timing})
 
 
 class Bench:
-    """A model behind an Embedder, and behind right-padded batches."""
+    """A model behind an Embedder, and behind reference-shaped batches.
 
-    def __init__(self, model, processor, layout, embed_padded):
-        """Take a model and how to embed a right-padded batch: (module, batch, compute)."""
-        import functools
+    Attributes:
+      bed: the model's sizes.
+      embedder: ours.
+    """
 
-        import jax
-        from flax import nnx
-
+    def __init__(self, how: How):
+        from benchmarks.reference_shaped import Embedding
         from vlm2vec_jax.embedder import Embedder
         from vlm2vec_jax.nn.compute import Compute
 
-        compute = Compute("float32")
-        self.layout = layout
-        self.embedder = Embedder(model, processor, compute, None)
-        graphdef, self.state = nnx.split(model.module)
-
-        @functools.partial(jax.jit, static_argnums=())
-        def padded(state, batch):
-            return embed_padded(nnx.merge(graphdef, state), batch, compute)
-
-        self.padded = padded
+        self.bed = Bed(how.size)
+        model = self.bed.model(how.dtype)
+        compute = Compute(how.dtype)
+        self._shaped = Embedding(model.module, self.bed.layout, compute)
+        self.embedder = Embedder(model, NoProcessor(self.bed.layout), compute, None)
+        self._limit = 1e-5 if how.dtype == "float32" else 0.05
         self.largest_difference = 0.0
 
-    def compare(self, items, sizes, rounds) -> common.Timing:
-        """Time packing against right-padded batches of each size."""
-        import numpy as np
+    def packed(self, items) -> np.ndarray:
+        """Ours."""
+        return self.embedder.encode_encoded(items)
 
-        cases = {"packed": lambda: self.embedder.encode_encoded(items)}
-        for size in sizes:
-            cases[f"padded {size}"] = lambda size=size: self.embed_padded(items, size)
-        found = [function() for function in cases.values()]
-        for other in found[1:]:
-            difference = float(np.abs(other - found[0]).max())
-            assert difference < 1e-5, difference
+    def shaped(self, items, size: int, most_crops: int = 0, multiple: int = 1) -> np.ndarray:
+        """The baseline."""
+        return self._shaped(items, size, most_crops, multiple)
+
+    def compare(self, cases, rounds: int, unordered=()) -> common.Timing:
+        """Check that all cases find what the first finds, then time them.
+
+        Args:
+          cases: functions that embed.
+          rounds: turns.
+          unordered: cases that give the same vectors in another order.
+        """
+        found = {name: function() for name, function in cases.items()}
+        first = next(iter(found.values()))
+        for name, other in found.items():
+            if name in unordered:
+                other = other[np.argmax(first @ other.T, axis=1)]
+            difference = float(np.abs(other - first).max())
+            assert difference < self._limit, (name, difference)
             self.largest_difference = max(self.largest_difference, difference)
-        return common.alternate(cases, rounds)
+        return common.alternate(cases, rounds, warm=False)
 
-    def embed_padded(self, items, size):
-        """Embeddings [N, D] in the order of the items, batch by batch."""
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-
-        out = []
-        for start in range(0, len(items), size):
-            batch = common.right_padded(items[start : start + size], self.layout)
-            found = np.asarray(self.padded(self.state, jax.tree.map(jnp.asarray, batch)))
-            ordered = np.empty_like(found)
-            ordered[batch.slot[:, 0]] = found
-            out.append(ordered)
-        return np.concatenate(out)
+    def result(self, rows, timings) -> Result:
+        """With the largest difference between both sides."""
+        return Result(rows, timings, {"largest_difference": self.largest_difference})
 
     def shapes(self, items) -> dict:
         """What the packed side computes."""
-        rows = [
-            (count, shape)
-            for _, count, shape in self.embedder._batches.rows(
-                [(len(item), item.units) for item in items], None
-            )
-        ]
+        sizes = [(len(item), item.units) for item in items]
+        rows = [(n, shape) for _, n, shape in self.embedder._batches.rows(sizes, None)]
         return {
             "inputs": len(items),
             "tokens": sum(map(len, items)),
@@ -209,7 +189,3 @@ def padded_tokens(items, size: int) -> int:
     """Tokens that right-padded batches compute."""
     parts = [items[start : start + size] for start in range(0, len(items), size)]
     return sum(len(part) * max(map(len, part)) for part in parts)
-
-
-if __name__ == "__main__":
-    main()

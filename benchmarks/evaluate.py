@@ -1,75 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole evaluation against the loop of the reference, from files to scores, one thread.
-
-    python -m benchmarks.evaluate [--scale 0.05] [--subsets A,B] [--batch 16] [--rounds 3]
+"""A whole evaluation against the loop of the reference, from files to scores.
 
 The baseline is what VLM2Vec's `eval.py` does, in our own code and with our own model: for each
 subset the distinct pairs of its queries and, apart from them, of its candidates, in the order of a
-set, that is of chance, in batches; every input prepared when its batch is due, every input a row
-padded to the longest of the batch and every image to the most crops; every layer at every token,
-and the language model's head behind it; then for each query its candidates stacked, normalised,
-multiplied, and the largest taken. Ours is the command's own road: plan, hashes of the images, each
-input once over all subsets, packed rows, metrics, and all files written. Both give the same
-predictions, which is checked. The data is mini-MMEB with fewer queries, the model the
-demonstration's, untrained.
+set, that is of chance, in batches; every input prepared when its batch is due and embedded in the
+reference-shaped form; then for each query its candidates stacked, normalised, multiplied, and the
+largest taken. Ours is the command's own road: plan, hashes of the images, each input once over all
+subsets, packed rows, metrics, and all files written. Both give the same predictions, which is
+checked. The data is mini-MMEB with fewer queries, the model the demonstration's, untrained.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
 
 from benchmarks import common
+from benchmarks.common import How, Result, compared
 
 MULTIPLE = 8
+BATCH = 16
+"""Inputs of a batch of the baseline, the reference's default."""
 
 
-def main() -> None:
-    """Measure, print, write the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scale", type=float, default=0.05, help="of mini-MMEB's queries")
-    parser.add_argument("--subsets", help="names with commas; all of mini-MMEB by default")
-    parser.add_argument("--batch", type=int, default=16, help="inputs of a batch of the baseline")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    common.pin()
-    with tempfile.TemporaryDirectory(prefix="bench_evaluate_") as folder:
-        run(args, Path(folder))
-
-
-def run(args: argparse.Namespace, folder: Path) -> None:
-    """Write data and model, compare, report."""
+def measure(how: How) -> Result:
+    """Write data and model, compare."""
     from vlm2vec_jax.data.mini_mmeb import write_mini_mmeb
     from vlm2vec_jax.models.phi3v.mini import write_mini_model
 
-    names = args.subsets.split(",") if args.subsets else None
-    write_mini_mmeb(folder / "mini", args.seed, args.scale, subsets=names)
-    write_mini_model(folder / "mini", folder / "model", args.seed)
-    bench = Bench(folder, args.batch, args.seed)
-    predictions = {name: case() for name, case in bench.cases.items()}
-    rows = sum(map(len, predictions["loop"].values()))
-    differ = sum(
-        a != b
-        for subset, found in predictions["loop"].items()
-        for a, b in zip(found, predictions["ours"][subset], strict=True)
+    with tempfile.TemporaryDirectory(prefix="bench_evaluate_") as name:
+        folder = Path(name)
+        write_mini_mmeb(folder / "mini", how.seed, how.pick(0.02, 0.005))
+        write_mini_model(folder / "mini", folder / "model", how.seed)
+        bench = Bench(folder, BATCH, how.seed)
+        predictions = {name: case() for name, case in bench.cases.items()}
+        rows = sum(map(len, predictions["loop"].values()))
+        differ = sum(
+            a != b
+            for subset, found in predictions["loop"].items()
+            for a, b in zip(found, predictions["ours"][subset], strict=True)
+        )
+        assert differ <= rows / 100, f"{differ} of {rows} predictions differ"
+        timing = common.alternate(bench.cases, how.pick(2, 1), warm=False)
+    against = f"loop as the reference's, batches of {BATCH}"
+    shapes = {**bench.shapes, "rows": rows, "predictions_that_differ": differ}
+    what = "from files to scores"
+    return Result(
+        [compared(what, against, timing, "ours", "loop", 2.0, shapes)], {"evaluate": timing}
     )
-    assert differ <= rows / 200, f"{differ} of {rows} predictions differ"
-    timing = common.alternate(bench.cases, args.rounds)
-    line = common.Comparison(
-        "evaluation from files to scores",
-        f"loop as the reference's, batches of {args.batch}",
-        timing.ratio("loop", "ours"),
-        3.0,
-        (timing.median("ours"), timing.median("loop")),
-        bench.shapes,
-    )
-    more = {"options": vars(args), "rows": rows, "predictions_that_differ": differ}
-    kind = "evaluate" if names is None else "evaluate-subsets"
-    path = common.report(kind, [line], {"evaluate": timing}, **more)
-    print(f"{rows} rows, {differ} predictions differ; written to {path}")
 
 
 class Bench:
@@ -82,8 +61,8 @@ class Bench:
 
     def __init__(self, folder: Path, batch: int, seed: int):
         import jax
-        from flax import nnx
 
+        from benchmarks.reference_shaped import Embedding
         from vlm2vec_jax.embedder import Embedder
         from vlm2vec_jax.models.loading import load_model
         from vlm2vec_jax.nn.compute import Compute
@@ -92,13 +71,8 @@ class Bench:
         self.data = folder / "mini" / "eval"
         self.embedder = Embedder.from_pretrained(folder / "model", dtype="float32")
         module = load_model(folder / "model", dtype_of=lambda path: jax.numpy.float32).module
-        graphdef, self.state = nnx.split(module)
-        compute = Compute("float32")
-
-        def padded(state, batch):
-            return everything(nnx.merge(graphdef, state), batch, compute)
-
-        self.padded = jax.jit(padded)
+        layout = self.embedder.processor.visual_layout
+        self.shaped = Embedding(module, layout, Compute("float32"))
         self.units = self.embedder.processor.settings["num_crops"] + 1
         self.cases = {"ours": self.ours, "loop": self.loop}
         self.shapes: dict = {}
@@ -149,8 +123,6 @@ class Bench:
 
     def embed(self, keys, root):
         """Embeddings of pairs, batch by batch."""
-        import jax
-        import jax.numpy as jnp
         import numpy as np
 
         from vlm2vec_jax.data.mmeb import to_input
@@ -160,31 +132,5 @@ class Bench:
             items = [processor.encode(to_input(k, root)) for k in keys[start : start + self.batch]]
             real = len(items)
             items += items[:1] * (self.batch - real)  # one program for the last batch, too
-            batch = common.right_padded(items, processor.visual_layout, MULTIPLE, self.units)
-            found, _ = self.padded(self.state, jax.tree.map(jnp.asarray, batch))
-            found = np.asarray(found)
-            ordered = np.empty_like(found)
-            ordered[batch.slot[:, 0]] = found
-            out.append(ordered[:real])
+            out.append(self.shaped(items, self.batch, self.units, MULTIPLE)[:real])
         return np.concatenate(out)
-
-
-def everything(module, batch, compute):
-    """Embeddings [R, D] and logits [R, T, V]: what the reference's forward pass computes."""
-    import jax.numpy as jnp
-
-    from vlm2vec_jax.nn.norm import l2_normalize
-
-    pictures = len(batch.visual["crops"]) if batch.visual else 0
-    x = module.input_embeddings(batch._replace(visual={}), compute)
-    if pictures:
-        front = batch._replace(**{n: getattr(batch, n)[:pictures] for n in batch._fields[:-1]})
-        x = jnp.concatenate([module.input_embeddings(front, compute), x[pictures:]])
-    places = module.decoder.places(batch)
-    states = module.decoder.norm(module.decoder.hidden_states(x, places, compute)[-1])
-    last = jnp.take_along_axis(states, batch.pool_index[:, :1, None], axis=1)[:, 0]
-    return l2_normalize(last), module.lm_head(states).astype(jnp.float32)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,63 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of the three forms of the loss against the batch size.
 
-    python -m benchmarks.loss [--measured 14] [--width 256]
-
 Memory is the compiler's plan for loss and gradient at the real width (3072), for batches of 2^10 to
 2^17 pairs: embeddings, their gradients and everything in between, per device; nothing of that size
-is run. `dense` and `tiled` are on one device, `ring` on eight simulated ones. Time is CPU seconds
-of one thread, at a smaller width, up to 2^`measured` pairs (the dense form up to 2^12); the ring's
-eight devices share that thread, so its time is the sum of theirs.
+is run. `dense` and `tiled` are on one device, `ring` on eight simulated ones. Time is taken at a
+smaller width; the ring's eight devices share a CPU's one thread, so it is not timed there.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
-import time
 
-from benchmarks.common import RESULTS, machine, pin
+from benchmarks import common
+from benchmarks.common import How, Result, Row
 
 DEVICES = 8
 WIDTH = 3072
-DENSE_MEASURED = 12
+TIMED_WIDTH = 512
 
 
-def main() -> None:
-    """Plan, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--measured", type=int, default=14, help="largest power of two to run")
-    parser.add_argument("--width", type=int, default=256, help="of the vectors that are run")
-    args = parser.parse_args()
-    pin()
-    flags = os.environ["XLA_FLAGS"]
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
-
-    lines = []
-    for power in range(10, 18):
-        for form in ("dense", "tiled", "ring"):
-            line = {"pairs": 2**power, "form": form, "bytes": planned(form, 2**power)}
-            if power <= (DENSE_MEASURED if form == "dense" else args.measured):
-                line["cpu_s"] = measured(form, 2**power, args.width)
-            lines.append(line)
-            print(line, flush=True)
-    show(lines, args.width)
-    record = {
-        "benchmark": "loss",
-        **machine(),
-        "method": "memory: compiler's plan of loss and gradient, per device; time: one call after "
-        "a first one, CPU seconds of one pinned thread, machine shared with other work",
-        "memory_width": WIDTH,
-        "time_width": args.width,
-        "ring_devices": DEVICES,
-        "results": lines,
+def measure(how: How) -> Result:
+    """Memory by batch and form, and time of tiled against dense."""
+    powers = how.pick((10, 12, 14, 17), (8, 9))
+    rows, timings = [], {}
+    planned_bytes = {
+        form: {2**power: planned(form, 2**power) for power in powers}
+        for form in ("dense", "tiled", "ring")
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{record['date']}-cpu-loss.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    small, large = 2 ** powers[-2], 2 ** powers[-1]
+    for form in ("tiled", "ring"):
+        of = planned_bytes[form]
+        share = of[large] / of[small] / (large / small)
+        rows.append(
+            Row(
+                f"memory of {form}, {small:,} to {large:,} pairs", of[large] / 1e9, "GB",
+                "in proportion to the batch", large / small * of[small] / 1e9, share, 1.1,
+                at_most=True, shapes={"bytes": of, "dense_bytes": planned_bytes["dense"]},
+            )
+        )  # fmt: skip
+    for pairs, target in how.pick(((1024, None), (4096, 1.1)), ((64, None),)):
+        cases = {form: timed(form, pairs, how.pick(TIMED_WIDTH, 16)) for form in ("dense", "tiled")}
+        timings[f"{pairs} pairs"] = timing = common.alternate(cases, how.rounds)
+        what = f"time of tiled, {pairs:,} pairs"
+        told = {"width": TIMED_WIDTH}
+        rows.append(common.overhead(what, "dense", timing, "tiled", "dense", target, told))
+    return Result(rows, timings)
 
 
 def program(form: str, pairs: int, width: int):
@@ -71,7 +58,9 @@ def program(form: str, pairs: int, width: int):
     from vlm2vec_jax.parallel.mesh import ROWS, make_mesh
 
     options = dataclasses.replace(LossOptions(mask_duplicates=True), form=form)  # type: ignore
-    mesh = make_mesh(devices=jax.devices()[: DEVICES if form == "ring" else 1])
+    # Simulated devices where there are not enough: only the compiler's plan is read.
+    devices = jax.devices() if form != "ring" else jax.devices("cpu")[:DEVICES]
+    mesh = make_mesh(devices=devices if form == "ring" else devices[:1])
     spread, whole = NamedSharding(mesh, P(ROWS)), NamedSharding(mesh, P())
 
     def loss(q, t, ids):
@@ -96,8 +85,8 @@ def planned(form: str, pairs: int) -> int:
     return plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes
 
 
-def measured(form: str, pairs: int, width: int) -> float:
-    """CPU seconds of a call."""
+def timed(form: str, pairs: int, width: int):
+    """A function that takes loss and gradient of vectors of so many pairs."""
     import jax
     import numpy as np
 
@@ -109,31 +98,4 @@ def measured(form: str, pairs: int, width: int) -> float:
     with jax.set_mesh(mesh):
         placed = [jax.device_put(v, s.sharding) for v, s in zip(values, shapes, strict=True)]
         compiled = step.lower(*shapes).compile()
-        if pairs <= 4096:
-            jax.block_until_ready(compiled(*placed))
-        start = time.process_time()
-        loss, _ = jax.block_until_ready(compiled(*placed))
-        seconds = time.process_time() - start
-    assert np.isfinite(loss)
-    return round(seconds, 3)
-
-
-def show(lines: list[dict], width: int) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"loss: GB per device at width {WIDTH}, CPU seconds at width {width}")
-    for column in ("pairs", "dense", "tiled", f"ring of {DEVICES}", "dense", "tiled", "ring"):
-        table.add_column(column, justify="right")
-    for pairs in sorted({line["pairs"] for line in lines}):
-        row = {line["form"]: line for line in lines if line["pairs"] == pairs}
-        forms = ("dense", "tiled", "ring")
-        sizes = [f"{row[form]['bytes'] / 1e9:.2f}" for form in forms]
-        times = [f"{row[form]['cpu_s']:.2f}" if "cpu_s" in row[form] else "-" for form in forms]
-        table.add_row(f"{pairs:,}", *sizes, *times)
-    Console(width=100).print(table)
-
-
-if __name__ == "__main__":
-    main()
+    return lambda: jax.block_until_ready(compiled(*placed))

@@ -1,25 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast the packing planner is, and how full its rows are.
 
-    python -m benchmarks.packing [--items 100000] [--output FILE.json]
-
 Seeded inputs: short texts, and an assumed MMEB mix of queries and targets with Phi-3.5-V's crop
 geometry at 4 and at 16 crops; once as one big evaluation, once as train batches of 1024 pairs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import How, Result, Row
 from vlm2vec_jax.inputs import EncodedInput, VisualLayout
-from vlm2vec_jax.packing import Plan, choose_row_tokens, chunked, plan
+from vlm2vec_jax.packing import choose_row_tokens, chunked, plan
 
 ASPECTS = {4 / 3: 54, 3 / 2: 18, 1.0: 8, 2**0.5: 8, 16 / 9: 5, 1100 / 850: 4, 800 / 350: 3}
 """Ratio of the longer to the shorter side (Phi-3.5-V turns tall images), per cent of images."""
@@ -70,36 +65,77 @@ def best_time(function: Callable[[], object], repeats: int = 3) -> float:
     return min(times)
 
 
-def plan_case(name: str, lengths: np.ndarray, units: np.ndarray, **options: int) -> dict:
-    """Plan once for the shares, several times for the time."""
-    made = plan(lengths, units, **options)
-    seconds = best_time(lambda: plan(lengths, units, **options))
-    return _result(name, len(lengths), seconds, made, options)
+def cases(how: How):
+    """(name, lengths, units, options of `plan`) of each case."""
+    n = how.pick(100_000, 500)
+    short = texts(np.random.default_rng(how.seed), n, 24, 2, 250)
+    yield "texts, median 24", short, np.zeros(n, np.int64), {}
+    for crops in (4, 16):
+        lengths, units = mmeb_mix(how.seed + 1, n, crops)
+        row = choose_row_tokens(lengths, units, candidates=range(1024, 8193, 128))
+        yield f"MMEB mix, num_crops {crops}", lengths, units, {"visual_row_tokens": row}
+    lengths, units = mmeb_mix(how.seed + 2, how.pick(2048, 64), 4)
+    options = {"max_row_units": 20, "max_row_sequences": 128}
+    yield f"train batch of {len(lengths) // 2} pairs", lengths, units, options
 
 
-def _result(name: str, items: int, seconds: float, made: Plan, options: dict) -> dict:
-    us = seconds / items * 1e6
-    met = (
-        us <= TARGETS["us_per_item"]
-        and made.token_share >= TARGETS["token_share"]
-        and made.unit_share >= TARGETS["unit_share"]
-    )
-    return {
-        "case": name,
-        "items": items,
-        "us_per_item": us,
-        "token_share": made.token_share,
-        "unit_share": made.unit_share,
-        "rows": {
-            f"{g.shape.tokens}x{g.shape.units}x{g.shape.sequences}": len(g.rows)
-            for g in made.groups
-        },
-        "options": dict(options),
-        "targets_met": bool(met),
-    }
+def measure(how: How) -> Result:
+    """Shares of real tokens, microseconds of the planner, against right padding."""
+    rows = []
+    for name, lengths, units, options in cases(how):
+        made = plan(lengths, units, **options)
+        seconds = best_time(lambda a=lengths, b=units, o=options: plan(a, b, **o))
+        us = seconds / len(lengths) * 1e6
+        shapes = {
+            "items": len(lengths),
+            "options": dict(options),
+            "unit_share": made.unit_share,
+            "rows": {
+                f"{g.shape.tokens}x{g.shape.units}x{g.shape.sequences}": len(g.rows)
+                for g in made.groups
+            },
+        }
+        padded = padded_share(lengths, 64)
+        rows += [
+            Row(
+                f"{name}: real tokens", made.token_share, "share",
+                "right-padded batches of 64", padded, target=TARGETS["token_share"],
+                shapes=shapes,
+            ),
+            Row(
+                f"{name}: planner", us, "us/item", "", target=TARGETS["us_per_item"],
+                at_most=True, shapes=shapes,
+            ),
+        ]  # fmt: skip
+    rows.append(fill_case(how.pick(512, 8)))
+    return Result(rows)
 
 
-def fill_case(pairs: int) -> dict:
+def crops(how: How) -> Result:
+    """Shares of real crops, against num_crops + 1 for every image."""
+    rows = []
+    for name, lengths, units, options in cases(how):
+        if not units.any():
+            continue
+        most = 17 if "16" in name else 5
+        made = plan(lengths, units, **options)
+        rows.append(
+            Row(
+                f"{name}: real crops", made.unit_share, "share", f"{most} for every image",
+                float(units.sum() / (most * (units > 0).sum())), target=TARGETS["unit_share"],
+                shapes={"items": len(lengths), "options": dict(options)},
+            )
+        )  # fmt: skip
+    return Result(rows)
+
+
+def padded_share(lengths: np.ndarray, size: int) -> float:
+    """Real tokens among those of right-padded batches of so many inputs."""
+    whole = lengths[: len(lengths) // size * size].reshape(-1, size)
+    return float(whole.sum() / (whole.max(axis=1) * size).sum())
+
+
+def fill_case(pairs: int) -> Row:
     """Fill one train batch of small crops: what the host does for each item besides planning."""
     lengths, units = mmeb_mix(3, 2 * pairs, 4)
     layout = VisualLayout(2, 144, {"crops": ((28, 28, 3), "uint8")})
@@ -112,46 +148,6 @@ def fill_case(pairs: int) -> dict:
         encoded.append(EncodedInput(np.ones(length, np.int32), features, positions, crops, count))
     made = plan(lengths, units, max_row_units=20, max_row_sequences=128)
     seconds = best_time(lambda: chunked(made, encoded, layout, chunk_tokens=51200))
-    return {"case": "fill", "items": len(encoded), "us_per_item": seconds / len(encoded) * 1e6}
-
-
-def main() -> None:
-    """Run the cases, print the table, write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, default=100_000)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
-    args = parser.parse_args()
-    n = args.items
-    short = texts(np.random.default_rng(0), n, 24, 2, 250)
-    results = [plan_case("text, median 24", short, np.zeros(n, np.int64))]
-    for crops in (4, 16):
-        lengths, units = mmeb_mix(1, n, crops)
-        row = choose_row_tokens(lengths, units, candidates=range(1024, 8193, 128))
-        cases = {3200: "default row"} if crops == 4 else {2048: "row 2048"}
-        for tokens, label in {**cases, row: f"chosen row {row}"}.items():
-            name = f"MMEB mix, {crops} crops, {label}"
-            results.append(plan_case(name, lengths, units, visual_row_tokens=tokens))
-    lengths, units = mmeb_mix(2, 2048, 4)
-    results.append(
-        plan_case(
-            "train batch of 1024 pairs", lengths, units, max_row_units=20, max_row_sequences=128
-        )
-    )
-    print(f"{'case':42} {'items':>7} {'us/item':>8} {'tokens':>7} {'units':>7}  targets met")
-    for r in results:
-        print(
-            f"{r['case']:42} {r['items']:7d} {r['us_per_item']:8.2f} {r['token_share']:7.3f} "
-            f"{r['unit_share']:7.3f}  {'yes' if r['targets_met'] else 'NO'}  {r['rows']}"
-        )
-    filled = fill_case(512)
-    results.append(filled)
-    print(f"filling a train batch: {filled['us_per_item']:.1f} us per item (28-pixel crops)")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "numpy": np.__version__}
-        text = json.dumps({"targets": TARGETS, "versions": versions, "results": results}, indent=2)
-        args.output.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    us = seconds / len(encoded) * 1e6
+    shapes = {"items": len(encoded), "crop_pixels": 28}
+    return Row("filling a train batch, small crops", us, "us/item", shapes=shapes)

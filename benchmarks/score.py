@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring on the device against a loop over the queries, for 10^3 to 10^6 candidates.
-
-    python -m benchmarks.score [--dim 128] [--queries 128] [--most 1000000] [--rounds 3]
+"""Scoring on the device against a loop over the queries, for 10^3 to 10^5 candidates.
 
 The baseline is what VLM2Vec's `eval.py` does, in our own code: for each query its candidates are
 looked up and stacked, their lengths and products taken, and the largest found. `lists` is MMEB's
@@ -12,64 +10,54 @@ where it is slow, and seconds are compared per query; both find the same best ca
 
 from __future__ import annotations
 
-import argparse
-
 from benchmarks import common
+from benchmarks.common import How, Result, Row
 
-LOOP_CANDIDATES = 2_000_000
+LOOP_CANDIDATES = 1_000_000
 """The loop takes as many queries as make about so many products."""
+WIDTH = 3072
+"""Of an embedding of the real model."""
 
 
-def main() -> None:
-    """Measure, print, write the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--queries", type=int, default=128)
-    parser.add_argument("--most", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    common.pin()
-
+def measure(how: How) -> Result:
+    """A row for MMEB's lists, and one for each size of a corpus."""
     import numpy as np
 
-    rng = np.random.default_rng(args.seed)
-    queries = rng.standard_normal((args.queries, args.dim)).astype(np.float32)
-    lines, timings = [], {}
+    rng = np.random.default_rng(how.seed)
+    width, count = how.pick((WIDTH, 128), (32, 8))
+    queries = rng.standard_normal((count, width)).astype(np.float32)
+    rows, timings = [], {}
 
-    def add(name, ours, loop, count, done, candidates):
-        timings[name] = timing = common.alternate({"ours": ours, "loop": loop}, args.rounds)
-        share = count / done
-        lines.append(
-            common.Comparison(
-                name,
-                f"loop over {done} queries, per query",
-                timing.ratio("loop", "ours") * share,
-                3.0,
-                (timing.median("ours") / count, timing.median("loop") / done),
-                {"queries": count, "candidates": candidates, "dim": args.dim, "looped": done},
+    def add(name, ours, loop, done, candidates, target):
+        timings[name] = timing = common.alternate({"ours": ours, "loop": loop}, how.rounds)
+        each = 1e3 / count
+        rows.append(
+            Row(
+                name, timing.median("ours") * each, "ms/query", "loop over the queries",
+                timing.median("loop") / done * 1e3,
+                timing.ratio("loop", "ours") * count / done,
+                target,
+                shapes={"queries": count, "candidates": candidates, "width": width, "looped": done},
             )
-        )
+        )  # fmt: skip
 
-    add("lists", *lists(rng, queries), args.queries, args.queries, 1000)
-    size = 1000
-    while size <= args.most:
-        targets = rng.standard_normal((size, args.dim)).astype(np.float32)
-        done = max(2, min(args.queries, LOOP_CANDIDATES // size))
-        add(f"corpus {size:,}", *one_corpus(queries, targets, done), args.queries, done, size)
-        size *= 10
-    path = common.report("score", lines, timings, options=vars(args), seconds="per query")
-    print(f"written to {path}")
+    lists_of = how.pick(1000, 20)
+    add(f"lists of {lists_of:,}", *lists(rng, queries, lists_of), count, lists_of, 25.0)
+    for size in how.pick((1000, 10_000, 100_000), (100,)):
+        pool = rng.standard_normal((size, width)).astype(np.float32)
+        done = max(2, min(count, LOOP_CANDIDATES // size))
+        add(f"corpus of {size:,}", *one_corpus(queries, pool, done), done, size, None)
+    return Result(rows, timings)
 
 
-def lists(rng, queries):
+def lists(rng, queries, size):
     """Both ways for MMEB's own lists."""
     import numpy as np
 
     from vlm2vec_jax.evaluation import scoring
 
-    pool = rng.standard_normal((2000, queries.shape[1])).astype(np.float32)
-    rows = [rng.permutation(len(pool))[:1000] for _ in queries]
+    pool = rng.standard_normal((2 * size, queries.shape[1])).astype(np.float32)
+    rows = [rng.permutation(len(pool))[:size] for _ in queries]
     keyed = {n: v for n, v in enumerate(pool)}
 
     def ours():
@@ -109,7 +97,3 @@ def best(query, keyed, names):
     stacked = np.stack([keyed[n] for n in names])
     scores = (stacked @ query) / (np.linalg.norm(stacked, axis=1) * np.linalg.norm(query))
     return int(np.argmax(scores))
-
-
-if __name__ == "__main__":
-    main()

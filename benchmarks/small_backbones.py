@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common
+from benchmarks.beds import SIZES, text_lengths
+from benchmarks.common import How, Result, alternate, compared
 from vlm2vec_jax.inputs import EncodedInput, MultimodalInput
 
 WORDS = 1000
@@ -58,8 +59,8 @@ def _phi3_v():
     from vlm2vec_jax.models.phi3v.processor import Phi3VProcessor
 
     rope = {"type": "su", "short_factor": [1.0] * 32, "long_factor": [4.0] * 32}
-    image = {**common.SIZES["img_processor"], "num_img_tokens": (_TILE // 28) ** 2}
-    sizes = {**common.SIZES, **_DECODER, "rope_scaling": rope, "img_processor": image}
+    image = {**SIZES["scaled"]["img_processor"], "num_img_tokens": (_TILE // 28) ** 2}
+    sizes = {**SIZES["scaled"], **_DECODER, "rope_scaling": rope, "img_processor": image}
     sizes["original_max_position_embeddings"] = 4096
     config = from_dicts(sizes, _CLIP)
     return config, Phi3VProcessor(tokenizer(), crop_size=_TILE, num_crops=4)
@@ -159,6 +160,92 @@ def photo(processor, rng: np.random.Generator, words: int) -> EncodedInput:
     pixels = rng.integers(0, 256, (*PHOTO[::-1], 3), np.uint8)
     question = f"<|image_1|> {_sentence(rng, words)}"
     return processor.encode(MultimodalInput(question, (Image.fromarray(pixels),)))
+
+
+def measure(how: How) -> Result:
+    """Every registered backbone, packed against right-padded; packing must not be slower."""
+    from vlm2vec_jax.models.registry import BACKBONES
+
+    missing = sorted(set(BACKBONES) - set(SMALL))
+    assert not missing, f"no small model of {missing}"
+    rows, timings, differences = [], {}, {}
+    for name in how.pick(sorted(BACKBONES), ["qwen2_vl"]):
+        rng = np.random.default_rng(how.seed)
+        model, processor = build(name)
+        texts = [text(processor, rng, n) for n in text_lengths(rng, how.pick(96, 6))]
+        mixture = [text(processor, rng, n) for n in text_lengths(rng, how.pick(10, 2))]
+        mixture += [photo(processor, rng, n) for n in text_lengths(rng, how.pick(6, 1))]
+        mixture = [mixture[i] for i in rng.permutation(len(mixture))]
+        bench = Bench(model, processor)
+        for kind, items, size in (("texts", texts, 64), ("mixed", mixture, 8)):
+            what = f"{name}, {kind}"
+            timings[what] = timing = bench.compare(items, size, how.rounds)
+            against = f"right-padded, batches of {size}"
+            shapes = {"inputs": len(items), "tokens": sum(map(len, items))}
+            rows.append(compared(what, against, timing, "packed", "padded", 1.0, shapes))
+        differences[name] = bench.largest_difference
+    return Result(rows, timings, {"largest_difference": differences})
+
+
+class Bench:
+    """A model of any backbone behind an Embedder, and behind right-padded batches."""
+
+    def __init__(self, model, processor):
+        import jax
+        from flax import nnx
+
+        from vlm2vec_jax.embedder import Embedder
+        from vlm2vec_jax.nn.compute import Compute
+
+        compute = Compute("float32")
+        self.layout = processor.visual_layout
+        self.embedder = Embedder(model, processor, compute, None)
+        graphdef, self.state = nnx.split(model.module)
+        self.padded = jax.jit(lambda s, b: right_padded_apart(nnx.merge(graphdef, s), b, compute))
+        self.largest_difference = 0.0
+
+    def compare(self, items, size: int, rounds: int):
+        """Check that both give the same, then time them."""
+        cases = {
+            "packed": lambda: self.embedder.encode_encoded(items),
+            "padded": lambda: self.embed_padded(items, size),
+        }
+        first, second = (function() for function in cases.values())
+        difference = float(np.abs(first - second).max())
+        assert difference < 1e-5, difference
+        self.largest_difference = max(self.largest_difference, difference)
+        return alternate(cases, rounds, warm=False)
+
+    def embed_padded(self, items, size: int) -> np.ndarray:
+        """Embeddings [N, D] in the order of the items, batch by batch."""
+        import jax
+        import jax.numpy as jnp
+
+        from benchmarks.reference_shaped import right_padded
+
+        out = []
+        for start in range(0, len(items), size):
+            batch = right_padded(items[start : start + size], self.layout)
+            found = np.asarray(self.padded(self.state, jax.tree.map(jnp.array, batch)))
+            ordered = np.empty_like(found)
+            ordered[batch.slot[:, 0]] = found
+            out.append(ordered)
+        return np.concatenate(out)
+
+
+def right_padded_apart(module, batch, compute):
+    """Embeddings f32 [R, D] of a right-padded batch by any backbone, which need only be callable.
+
+    Rows with images and rows without are run one after the other, all as long as the batch's
+    longest: for one thread as much work as together.
+    """
+    import jax.numpy as jnp
+
+    pictures = len(next(iter(batch.visual.values()))) if batch.visual else 0
+    front = type(batch)(*(leaf[:pictures] for leaf in batch[:-1]), batch.visual)
+    rest = type(batch)(*(leaf[pictures:] for leaf in batch[:-1]), {})
+    parts = [part for part in (front, rest) if len(part.tokens)]
+    return jnp.concatenate([module(part, compute)[:, 0] for part in parts])
 
 
 def _sentence(rng: np.random.Generator, words: int) -> str:

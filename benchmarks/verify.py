@@ -21,22 +21,33 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import common
+from benchmarks.common import How, Result, Row
 
 WANTED = 2000
 """Rows a second without decoding, on one core."""
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The same by itself, with options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--scale", type=float, default=0.2, help="of mini-MMEB")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     common.pin()
     with tempfile.TemporaryDirectory() as folder:
-        return measure(Path(folder), args.scale, args.rounds)
+        result = compare(Path(folder), args.scale, args.rounds)
+    common.show({"verify": result}, "rows of a data set checked on one core")
+    return 0 if all(row.met is not False for row in result.rows) else 1
 
 
-def measure(folder: Path, scale: float, rounds: int) -> int:
+def measure(how: How) -> Result:
+    """A row for each depth."""
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(Path(folder), how.pick(0.2, 0.01), how.rounds)
+
+
+def compare(folder: Path, scale: float, rounds: int) -> Result:
+    """Write the data, look through it at each depth."""
     from vlm2vec_jax.data import inspection
     from vlm2vec_jax.data.mini_mmeb import write_mini_mmeb
 
@@ -60,24 +71,14 @@ def measure(folder: Path, scale: float, rounds: int) -> int:
         rounds,
     )
     shapes = {"rows": rows, "images": images, "scale": scale}
-    lines, speed = [], {}
-    for case, target in (("quick", 1.0), ("opened and hashed", 1.0), ("decoded", 0.0)):
+    lines = []
+    for case, target in (("quick", 1.0), ("opened and hashed", 1.0), ("decoded", None)):
         seconds = timing.median(case)
-        speed[case] = round(rows / seconds)
+        speed = rows / seconds
         lines.append(
-            common.Comparison(
-                case,
-                f"{WANTED} rows/s",
-                rows / WANTED / seconds,
-                target,
-                (seconds, rows / WANTED),
-                shapes,
-            )  # fmt: skip
+            Row(case, speed, "rows/s", "wanted", WANTED, speed / WANTED, target, shapes=shapes)
         )
-        print(f"{case}: {speed[case]:,} rows/s")
-    print(f"{rows:,} rows, {images:,} images")
-    common.report("verify", lines, {"verify": timing}, rows_per_s=speed)
-    return 0 if all(line.met for line in lines) else 1
+    return Result(lines, {"verify": timing})
 
 
 if __name__ == "__main__":

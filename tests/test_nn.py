@@ -105,7 +105,7 @@ def test_l2_normalize_of_zero_has_no_nan():
     np.testing.assert_allclose(np.linalg.norm(unit, axis=-1), 1, atol=1e-6)
 
 
-def adapted(rank=3, *, dora, dropout=0.0, stack=()):
+def adapted(rank=3, *, dora, dropout=0.0, stack=(), fused=False):
     linear = Linear(6, 4, bias=True, rngs=nnx.Rngs(0))
     linear.kernel = nnx.Param(jnp.asarray(normal(*stack, 6, 4)))
     leaves = {
@@ -114,7 +114,7 @@ def adapted(rank=3, *, dora, dropout=0.0, stack=()):
     }
     if dora:
         leaves["magnitude"] = jnp.abs(jnp.asarray(normal(*stack, 4, seed=3))) + 0.5
-    linear.set_adapter(leaves, scale=2.0, dropout=dropout)
+    linear.set_adapter(leaves, scale=2.0, dropout=dropout, fused_dropout=fused)
     return linear
 
 
@@ -171,8 +171,8 @@ def test_refreshed_norms_are_used_and_found():
 def test_dropout_touches_the_correction_only():
     """PEFT: out = x W + (m/n - 1) x' W + (m/n) s x' A B; the mean over draws is the plain one."""
     x = jnp.asarray(normal(4, 6))
-    for dora in (False, True):
-        linear = adapted(dora=dora, dropout=0.5)
+    for dora, fused in ((False, False), (True, False), (True, True)):
+        linear = adapted(dora=dora, dropout=0.5, fused=fused)
         same = jax.random.key(3)
         np.testing.assert_array_equal(linear(x, same), linear(x, same))
         assert not np.allclose(linear(x, same), linear(x, jax.random.key(4)))
@@ -183,6 +183,22 @@ def test_dropout_touches_the_correction_only():
     gone = adapted(dora=True, dropout=1 - 1e-7)
     expected = x @ gone.kernel[...]
     np.testing.assert_allclose(np.asarray(gone(x, same)), np.asarray(expected), atol=1e-5)
+    # Fused, the length of each column is still the magnitude's affair.
+    gone = adapted(dora=True, dropout=1 - 1e-7, fused=True)
+    expected = x @ gone.kernel[...] * gone.magnitude[...] / gone.dora_norm()
+    np.testing.assert_allclose(np.asarray(gone(x, same)), np.asarray(expected), atol=1e-5)
+
+
+def test_fused_dropout_of_dora_multiplies_with_the_weight_once():
+    x, key = jnp.asarray(normal(4, 6)), jax.random.key(0)
+
+    def products(fused):
+        layer = adapted(dora=True, dropout=0.5, fused=fused)
+        refresh_dora_norms(layer)
+        lines = str(jax.make_jaxpr(lambda x: layer(x, key))(x)).splitlines()
+        return sum("dot_general" in line for line in lines)
+
+    assert (products(True), products(False)) == (3, 4)
 
 
 def test_scan_gives_each_layer_its_own_key():

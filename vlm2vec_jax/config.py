@@ -124,6 +124,8 @@ _ADDED = (
     *("data.splits", "data.limits", "data.weights", "data.stop", "data.target_instruction"),
 )
 """Fields that older versions did not have: at their default they leave the fingerprint alone."""
+_ADDED_WORDS = {"adapter.dora_dropout": "fused"}
+"""The same, where the default is not empty."""
 
 
 def names(value: Any) -> tuple[str, ...]:
@@ -332,7 +334,11 @@ def fingerprint(config: Config) -> str:
 
     Two configurations with one fingerprint train the same model up to rounding and dropout draws.
     """
-    values = {path: v for path, v in deciding(config).items() if v or path not in _ADDED}
+    values = {
+        path: v
+        for path, v in deciding(config).items()
+        if (v or path not in _ADDED) and v != _ADDED_WORDS.get(path)
+    }
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -17,6 +17,7 @@ from vlm2vec_jax.options import OPTIONS
 CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
     "adapter.type": ("lora", "dora", "none"),
+    "adapter.dora_dropout": ("fused", "exact"),
     "data.on_bad_example": ("error", "skip"),
     **{o.field: ("", *o.choices) for o in OPTIONS.values() if o.choices},
     "data.stop": ("", "first_exhausted", "all_exhausted"),

@@ -58,6 +58,8 @@ class AdapterConfig(_Group):
       rank: width of the low-rank product.
       alpha: the product is scaled by alpha / rank.
       dropout: share of the low-rank path's input that is dropped in training.
+      dora_dropout: "fused": DoRA needs one product with the frozen weight; "exact": a second one,
+        of the dropped input, as PEFT has it. Equal in the mean over draws, and without dropout.
       targets: names of the adapted linears, matched as suffixes; a comma list ("A,B"); "auto"
         for the text model's projections, by the backbone's own names.
     """
@@ -66,6 +68,7 @@ class AdapterConfig(_Group):
     rank: int = 8
     alpha: float = 64.0
     dropout: float = 0.1
+    dora_dropout: str = "fused"
     targets: str = REFERENCE_TARGETS
 
 

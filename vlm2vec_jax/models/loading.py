@@ -141,6 +141,7 @@ def add_adapter(
     *,
     dora: bool,
     dropout: float,
+    fused_dropout: bool = False,
     seed: int = 0,
     tensors: Mapping[str, Any] | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -152,6 +153,7 @@ def add_adapter(
       adapted: linear path -> rank and scaling.
       dora: with magnitudes.
       dropout: of the adapter's input, in training.
+      fused_dropout: how DoRA drops, see `nn.linear.Linear`.
       seed: of new adapters; each layer draws from its own path, so targets do not disturb
         each other.
       tensors: leaves of a trained adapter by path; None makes new ones.
@@ -173,7 +175,7 @@ def add_adapter(
         if not isinstance(scale, float):
             scale = jnp.asarray(scale)
             scale = jax.device_put(scale, place) if place is not None else scale
-        layers[path].set_adapter(leaves, scale=scale, dropout=dropout)
+        layers[path].set_adapter(leaves, scale=scale, dropout=dropout, fused_dropout=fused_dropout)
 
 
 def replace_saved(model: Model, saved: Mapping[str, Any]) -> None:

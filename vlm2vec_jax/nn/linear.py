@@ -27,7 +27,8 @@ class Linear(nnx.Module):
     LoRA: y = x W + s x' A B + b. DoRA (m magnitude, n norm, both per output; PEFT 0.11's form,
     `LoraLayer` with `use_dora`): y = x W + (m/n - 1) x' W + (m/n) s x' A B + b, where n is a
     constant in the backward pass. x' is x with dropout; without dropout both products with W
-    are one.
+    are one. With `fused_dropout` they are one in training, too: y = (m/n) (x W + s x' A B) + b,
+    which drops nothing of the second term and so is the same in the mean over draws.
     """
 
     def __init__(self, din: int, dout: int, *, bias: bool, rngs: nnx.Rngs):
@@ -42,6 +43,7 @@ class Linear(nnx.Module):
         self.adapter_scale: AdapterScale | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
+        self.fused_dropout = False
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Apply to x [..., in]; `key` turns the adapter's dropout on."""
@@ -69,7 +71,7 @@ class Linear(nnx.Module):
             return y + low
         norm = self.column_norm[...] if self.column_norm is not None else self.dora_norm()
         gain = (self.magnitude[...] / norm).astype(y.dtype)
-        if drops:
+        if drops and not self.fused_dropout:
             return y + (gain - 1) * (dropped @ kernel) + gain * low
         return gain * (y + low)
 
@@ -97,7 +99,12 @@ class Linear(nnx.Module):
         return self.adapter_scale[...]
 
     def set_adapter(
-        self, leaves: dict[str, jax.Array], *, scale: float | jax.Array, dropout: float
+        self,
+        leaves: dict[str, jax.Array],
+        *,
+        scale: float | jax.Array,
+        dropout: float,
+        fused_dropout: bool = False,
     ) -> None:
         """Put an adapter on, in place of any before.
 
@@ -106,12 +113,13 @@ class Linear(nnx.Module):
             [..., out]; float32.
           scale: s, as alpha / r; or f32 [L], one for each layer of a stack.
           dropout: share of the adapter's input that is dropped in training.
+          fused_dropout: of DoRA, see the class.
         """
         self.lora_a = nnx.LoRAParam(leaves["lora_a"])
         self.lora_b = nnx.LoRAParam(leaves["lora_b"])
         magnitude = leaves.get("magnitude")
         self.magnitude = None if magnitude is None else nnx.LoRAParam(magnitude)
-        self.lora_dropout = dropout
+        self.lora_dropout, self.fused_dropout = dropout, fused_dropout
         if isinstance(scale, (int, float)):
             self.lora_scale, self.adapter_scale = float(scale), None
         else:

@@ -81,7 +81,10 @@ def adapted(config: Config, backbone: Backbone, model: Model) -> Any:
     def build():
         module = backbone.build(model.config, rngs=nnx.Rngs(0))
         linears = resolve(adapter, model.table)
-        add_adapter(module, linears, dora=adapter.dora, dropout=adapter.dropout)
+        fused = config.adapter.dora_dropout == "fused"
+        add_adapter(
+            module, linears, dora=adapter.dora, dropout=adapter.dropout, fused_dropout=fused
+        )
         return module
 
     return nnx.eval_shape(build)

@@ -85,6 +85,7 @@ def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
             trained.linears,
             dora=trained.config.dora,
             dropout=wanted.dropout,
+            fused_dropout=wanted.dora_dropout == "fused",
             tensors=trained.tensors,
             mesh=mesh,
         )
@@ -95,6 +96,7 @@ def _adapt(config: Config, model: Model, mesh: Mesh) -> AdapterConfig:
         resolve(adapter, model.table),
         dora=adapter.dora,
         dropout=adapter.dropout,
+        fused_dropout=config.adapter.dora_dropout == "fused",
         seed=config.seed,
         mesh=mesh,
     )

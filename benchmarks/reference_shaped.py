@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The baseline: our model computed as the reference computes it, each of its habits one switch.
+
+Every form gives the embeddings, the loss and the gradients of the plain model
+(`tests/test_benchmarks.py`). What the reference computes and throws away (the language model's
+head, CLIP's last layer) is handed back beside the result, so that the compiler cannot drop it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlm2vec_jax.inputs import EncodedInput, VisualLayout
+from vlm2vec_jax.losses.contrastive import contrastive_loss
+from vlm2vec_jax.models.phi3v.vision import merge_patches, with_global_views
+from vlm2vec_jax.models.shared.parts import put_features
+from vlm2vec_jax.nn.compute import Compute, scan_layers
+from vlm2vec_jax.nn.dropout import keep_mask
+from vlm2vec_jax.nn.linear import Linear, linears
+from vlm2vec_jax.nn.norm import l2_normalize
+from vlm2vec_jax.packing import PackedBatch, RowShape, fill
+from vlm2vec_jax.training.batching import BatchPacker, choose_rows
+from vlm2vec_jax.training.step import with_dora_norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Which of the reference's habits are kept; all of them by default.
+
+    Attributes:
+      right_padding: every input a row, in the order given, as long as the batch's longest;
+        otherwise packed rows.
+      padded_crops: every image has the most crops and all go through the vision tower.
+      dense_attention: all logits of a row at once, in float32; otherwise `Compute.attention`.
+      lm_head: logits of the vocabulary at every token, in float32.
+      full_layers: the last decoder layer at every token, and the last layer of CLIP.
+      peft_dora: DoRA as PEFT 0.11 writes it (`PeftLinear`).
+      inner_remat: each layer's activations are recomputed in the backward pass.
+    """
+
+    right_padding: bool = True
+    padded_crops: bool = True
+    dense_attention: bool = True
+    lm_head: bool = True
+    full_layers: bool = True
+    peft_dora: bool = True
+    inner_remat: bool = True
+
+    def __post_init__(self):
+        if self.lm_head and not self.full_layers:
+            raise ValueError("the head reads the last layer at every token: full_layers is needed")
+
+    def compute(self, plain: Compute) -> Compute:
+        """`plain` with the habits that are a matter of how the layers are computed."""
+        return dataclasses.replace(
+            plain,
+            attention="xla" if self.dense_attention else plain.attention,
+            remat="full" if self.inner_remat else plain.remat,
+        )
+
+
+REFERENCE = Form()
+PLAIN = Form(False, False, False, False, False, False, False)
+REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("peft_dora",), "DoRA's norm once per step, one product with W"),
+    (("lm_head", "full_layers"), "no head, last layer for pooled tokens, no last layer of CLIP"),
+    (("padded_crops",), "real crops only"),
+    (("dense_attention",), "attention kernel of the platform"),
+    (("inner_remat",), "no inner rematerialisation"),
+    (("right_padding",), "packed rows"),
+)
+"""Switches in the order in which they are turned off, and what takes their place."""
+
+
+class PeftLinear(Linear):
+    """DoRA as PEFT 0.11.1 computes it (`DoraLinearLayer.forward`).
+
+    A B is written out, the norm of W + s A B is taken anew in every forward pass, and the input
+    goes through W twice. The second product names another precision, of which float32 on a CPU
+    and bfloat16 anywhere know nothing: else the compiler would see that both are one.
+    """
+
+    def _adapt(self, x, y, kernel, key):
+        if self.magnitude is None:
+            return super()._adapt(x, y, kernel, key)
+        dropped = x
+        if key is not None and self.lora_dropout > 0:
+            keep = keep_mask(key, self.lora_dropout, x.shape)
+            dropped = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
+        scale = self._scale() if self.adapter_scale is not None else self.lora_scale
+        a, b = self.lora_a[...], self.lora_b[...]
+        low = (dropped @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        whole = kernel.astype(jnp.float32) + scale * (a @ b)
+        norm = jax.lax.stop_gradient(jnp.linalg.norm(whole, axis=-2))
+        gain = (self.magnitude[...] / norm).astype(y.dtype)
+        again = jnp.matmul(dropped, kernel, precision=jax.lax.Precision.HIGHEST)
+        return y + (gain - 1) * again + gain * jnp.asarray(scale, y.dtype) * low
+
+
+def use_peft_form(module: nnx.Module) -> None:
+    """Let every DoRA of a model compute as PEFT does, in place."""
+    for linear in linears(module).values():
+        if linear.magnitude is not None:
+            linear.__class__ = PeftLinear
+
+
+def with_most_crops(item: EncodedInput, most: int) -> EncodedInput:
+    """The input with black crops behind its own, up to `most`; nothing for a text."""
+    missing = most - item.units
+    if not item.units or missing <= 0:
+        return item
+    visual = {
+        name: np.concatenate([leaf, np.zeros((missing, *leaf.shape[1:]), leaf.dtype)])
+        for name, leaf in item.visual.items()
+    }
+    return dataclasses.replace(item, visual=visual, units=most)
+
+
+def right_padded(
+    items: Sequence[EncodedInput],
+    layout: VisualLayout,
+    multiple: int = 1,
+    units: int = 0,
+    first: int = 0,
+) -> PackedBatch:
+    """One input to a row, all rows as long as the longest; inputs with images in front.
+
+    Crops are given for those alone (the reference, too, spares texts its vision tower), so
+    `visual` has fewer rows than the rest.
+
+    Args:
+      items: the batch.
+      layout: of the backbone.
+      multiple: the length is rounded up to one, where a program for each would take too long to
+        compile.
+      units: an image has at least so many crops.
+      first: slot of the first input.
+    """
+    order = sorted(range(len(items)), key=lambda i: items[i].units == 0)
+    pictures = sum(item.units > 0 for item in items)
+    length = -(-max(map(len, items)) // multiple) * multiple
+    most = max(item.units for item in items)
+    shape = RowShape(length, max(most, units) if most else 0, 1)
+    slots = range(first, first + len(items))
+    batch = fill([[i] for i in order], items, shape, layout, slots=slots)
+    return batch._replace(visual={name: leaf[:pictures] for name, leaf in batch.visual.items()})
+
+
+def embed(
+    module, batch: PackedBatch, compute: Compute, form: Form, key: jax.Array | None = None
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Embeddings f32 [R, S, D] of Phi-3.5-Vision, and what was computed for nothing.
+
+    Args:
+      module: the model; `use_peft_form` has been called on it if the form says so.
+      batch: of any kind; `visual` may have fewer rows than the rest (`right_padded`).
+      compute: how to compute what the form leaves open.
+      form: the habits.
+      key: dropout key of adapters, or None.
+    """
+    compute = form.compute(compute)
+    vision_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+    waste: list[jax.Array] = []
+    x = module.embed(batch.tokens).astype(compute.dtype)
+    if batch.visual:
+        table, unused = _visual_table(module.vision, batch.visual, compute, form, vision_key)
+        waste += unused
+        count = len(table)
+        front = put_features(x[:count], table, batch.feature_index[:count])
+        x = jnp.concatenate([front, x[count:]])
+    places = module.decoder.places(batch)
+    if not form.full_layers:
+        pooled = module.decoder(x, places, batch.pool_index, compute, decoder_key)
+        return l2_normalize(pooled), waste
+
+    def body(x, layer, layer_key):
+        return layer(x, places, compute, key=layer_key)
+
+    for n, (name, _) in enumerate(module.decoder.stacks):
+        own = None if decoder_key is None else jax.random.fold_in(decoder_key, n)
+        x = scan_layers(body, x, getattr(module.decoder, name), compute=compute, key=own)
+    states = module.decoder.norm(x)
+    if form.lm_head:
+        waste.append(module.lm_head(states).astype(jnp.float32))
+    pooled = jnp.take_along_axis(states, batch.pool_index[..., None], axis=1)
+    return l2_normalize(pooled), waste
+
+
+def _visual_table(vision, visual, compute: Compute, form: Form, key):
+    """`Vision.table`, and the output of CLIP's last layer where the form has it run."""
+    if not form.full_layers or not hasattr(vision.clip, "unused_layers"):
+        return vision.table(visual, compute, key), []
+    clip_key, projector_key = (None, None) if key is None else jax.random.split(key)
+    pixels = with_global_views(visual["crops"], visual["crop_info"]).astype(compute.dtype)
+    rows, count = pixels.shape[:2]
+    clip = vision.clip
+
+    def body(x, layer, layer_key):
+        return layer(x, compute, layer_key)
+
+    x = clip.embed(pixels.reshape(-1, *pixels.shape[2:]))
+    x = scan_layers(body, x, clip.layers, compute=compute, key=clip_key)
+    unused = scan_layers(body, x, clip.unused_layers, compute=compute)
+    merged = merge_patches(x[:, 1:])
+    merged = merged.reshape(rows, count * merged.shape[1], merged.shape[2])
+    shared = jnp.stack([vision.newline[...], vision.separator[...]]).astype(merged.dtype)
+    shared = jnp.broadcast_to(shared, (rows, *shared.shape))
+    table = vision.projector(jnp.concatenate([shared, merged], axis=1), projector_key)
+    return table, [jax.lax.stop_gradient(unused)]
+
+
+class Embedding:
+    """Embeds lists of inputs in batches, in a form; the evaluation of the reference."""
+
+    def __init__(self, module, layout: VisualLayout, compute: Compute, form: Form = REFERENCE):
+        """Take a model (Phi-3.5-Vision)."""
+        graphdef, self._state = nnx.split(module)
+        self._layout, self._form = layout, form
+        self._run = jax.jit(lambda s, b: embed(nnx.merge(graphdef, s), b, compute, form))
+
+    def __call__(
+        self, items: Sequence[EncodedInput], size: int, most_crops: int = 0, multiple: int = 1
+    ) -> np.ndarray:
+        """Embeddings f32 [N, D] in the order of the items.
+
+        Args:
+          items: inputs.
+          size: of a batch, in inputs.
+          most_crops: of an image, its global view included, where the form pads crops.
+          multiple: lengths of batches are rounded up to one.
+        """
+        most = most_crops if self._form.padded_crops else 0
+        out: list[np.ndarray] = []
+        for start in range(0, len(items), size):
+            batch = right_padded(items[start : start + size], self._layout, multiple, most)
+            found, _ = jax.block_until_ready(self._run(self._state, jax.tree.map(jnp.array, batch)))
+            ordered = np.empty(found[:, 0].shape, np.float32)
+            ordered[batch.slot[:, 0]] = found[:, 0]
+            out.append(ordered)
+        return np.concatenate(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model split for training, as `models.loading.split_trainable` gives it."""
+
+    graphdef: Any
+    params: Any
+    frozen: Any
+
+
+class Step:
+    """Loss and gradients of a batch of pairs as the reference takes them.
+
+    GradCache in loops of the host: every chunk is embedded, the loss and its gradient with
+    respect to the embeddings are taken, and every chunk is embedded once more for its gradient.
+    A chunk has inputs of one side.
+    """
+
+    def __init__(
+        self,
+        model: Trained,
+        layout: VisualLayout,
+        compute: Compute,
+        form: Form,
+        queries: Sequence[EncodedInput],
+        targets: Sequence[EncodedInput],
+        *,
+        chunk: int | None = 2,
+        chunk_tokens: int = 512,
+        most_crops: int = 0,
+        multiple: int = 1,
+        key: jax.Array | None = None,
+    ):
+        """Make the chunks.
+
+        Args:
+          model: split; its linears must be `PeftLinear` if the form says so.
+          layout: of the backbone.
+          compute: how to compute what the form leaves open.
+          form: the habits.
+          queries, targets: the batch.
+          chunk: inputs of a chunk of right-padded rows; None: each side at once, one pass.
+          chunk_tokens: tokens of a chunk of packed rows.
+          most_crops: of an image, its global view included, where the form pads crops.
+          multiple: of the length of right-padded rows.
+          key: dropout key of adapters, or None.
+        """
+        self._model, self._form, self._key = model, form, key
+        self.pairs, self.cached = len(queries), chunk is not None
+        items = [*queries, *targets]
+        if form.padded_crops:
+            items = [with_most_crops(item, most_crops) for item in items]
+        if form.right_padding:
+            found = _padded_chunks(items, self.pairs, chunk or self.pairs, layout, multiple)
+        else:
+            found = _packed_chunks(items, self.pairs, layout, chunk_tokens if chunk else None)
+        self.run_tokens = sum(batch.tokens.size for batch in found)
+        self.run_units = sum(
+            int(np.prod(next(iter(batch.visual.values())).shape[:2])) if batch.visual else 0
+            for batch in found
+        )
+        self.chunks = [jax.tree.map(jnp.array, batch) for batch in found]
+        graphdef = model.graphdef
+        self._norms = None
+        if not form.peft_dora:
+            graphdef = with_dora_norms(graphdef, model.params, model.frozen)[0]
+            self._norms = jax.jit(lambda p, f: with_dora_norms(model.graphdef, p, f)[1])
+
+        def run(params, frozen, batch, key):
+            return embed(nnx.merge(graphdef, params, frozen), batch, compute, form, key)
+
+        self._forward = jax.jit(run)
+
+        @functools.partial(jax.jit, donate_argnums=4)
+        def back(params, frozen, batch, cotangent, grads, key):
+            _, pull, waste = jax.vjp(lambda p: run(p, frozen, batch, key), params, has_aux=True)
+            return jax.tree.map(jnp.add, grads, pull(cotangent)[0]), waste
+
+        @jax.jit
+        def direct(params, frozen, batches, key):
+            def whole(params):
+                parts, waste = zip(*(run(params, frozen, batch, key) for batch in batches))
+                both = self._gathered(parts, batches)
+                return _loss(both[: self.pairs], both[self.pairs :]), waste
+
+            return jax.value_and_grad(whole, has_aux=True)(params)
+
+        self._back, self._direct = back, direct
+        self._loss = jax.jit(jax.value_and_grad(_loss, argnums=(0, 1)))
+
+    def _gathered(self, parts, batches) -> jax.Array:
+        """Embeddings [2 B, D] in order."""
+        both = jnp.zeros((2 * self.pairs, parts[0].shape[-1]), jnp.float32)
+        for found, batch in zip(parts, batches):
+            place = jnp.where(batch.slot >= 0, batch.slot, 2 * self.pairs)
+            both = both.at[place].set(found, mode="drop")
+        return both
+
+    def __call__(self) -> tuple[jax.Array, Any]:
+        """The loss and the gradients of the trained leaves, when they are there."""
+        params, frozen = self._model.params, self._model.frozen
+        if self._norms is not None:
+            frozen = self._norms(params, frozen)
+        if not self.cached:
+            (value, _), grads = self._direct(params, frozen, self.chunks, self._key)
+            return jax.block_until_ready((value, grads))
+        parts = [self._forward(params, frozen, batch, self._key)[0] for batch in self.chunks]
+        both = self._gathered(parts, self.chunks)
+        value, (dq, dt) = self._loss(both[: self.pairs], both[self.pairs :])
+        both = jnp.concatenate([dq, dt])
+        grads = jax.tree.map(jnp.zeros_like, params)
+        for batch in self.chunks:
+            own = jnp.where(batch.slot[..., None] >= 0, both[batch.slot], 0)
+            grads, _ = self._back(params, frozen, batch, own, grads, self._key)
+        return jax.block_until_ready((value, grads))
+
+
+def _loss(queries: jax.Array, targets: jax.Array) -> jax.Array:
+    return contrastive_loss(queries, targets, temperature=0.02)[0]
+
+
+def _padded_chunks(items, pairs: int, size: int, layout, multiple: int) -> list[PackedBatch]:
+    return [
+        right_padded(items[start : min(start + size, end)], layout, multiple, first=start)
+        for begin, end in ((0, pairs), (pairs, 2 * pairs))
+        for start in range(begin, end, size)
+    ]
+
+
+def _packed_chunks(items, pairs: int, layout, chunk_tokens: int | None) -> list[PackedBatch]:
+    sizes = [(len(item), item.units) for item in items]
+    packer = BatchPacker(choose_rows(sizes, longest=1 << 20), layout, chunk_tokens=chunk_tokens)
+    return [
+        jax.tree.map(lambda leaf, k=k: leaf[k], group.batch)
+        for group in packer(items[:pairs], items[pairs:]).groups
+        for k in range(int(group.num_chunks))
+    ]
