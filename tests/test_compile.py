@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm2vec_jax.compile import read_topology
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.parallel import mesh
 from vlm2vec_jax.training import plan
+from vlm2vec_jax.training.chunk_search import Trial, largest, search
 
 
 def test_topologies():
@@ -85,3 +88,34 @@ def test_the_largest_chunk_is_estimated_on_the_safe_side():
     assert plan.largest_chunk(report | {"grad_cache": False}, shards=4) is None
     full = report | {"memory": {"arguments": 990, "temporaries": 1, "results": 0}}
     assert plan.largest_chunk(full, shards=4) == 0
+
+
+@given(
+    start=st.sampled_from([512, 2048, 4096, 16384]),
+    fixed=st.integers(1, 2000),
+    slope=st.floats(0.01, 2.0),
+    row=st.sampled_from([128, 256, 1536]),
+    bend=st.floats(0.0, 0.2),
+)
+def test_the_largest_chunk_is_compiled_and_fits(start, fixed, slope, row, bend):
+    """Memory of a fixed part and one that grows, in steps of whole rows and not quite evenly."""
+    limit, most, asked = 10_000, 65_536, []
+
+    def needs(size: int) -> int:
+        held = max(size // row, 1) * row
+        return int(fixed + slope * held * (1 + bend * held / most))
+
+    def measure(size: int) -> int:
+        asked.append(size)
+        return needs(size)
+
+    found = search(measure, Trial(start, needs(start)), limit=limit, most=most, step=row)
+    assert [t.chunk_tokens for t in found] == [start, *asked] and len(asked) <= 4
+    assert len(set(asked)) == len(asked) and all(0 < size <= most for size in asked)
+    best = largest(found, limit)
+    fits = max((size for size in range(row, most + 1, row) if needs(size) <= limit), default=0)
+    if fits == 0:
+        assert best is None
+    elif fits >= start // 64:
+        assert best is not None and needs(best) <= limit
+        assert best >= 0.85 * fits - row, (best, fits, found)

@@ -45,6 +45,12 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("json", None, "write the report here as well", flag_values=values)
+    flags.DEFINE_bool(
+        "search_chunk",
+        False,
+        "compile up to four more chunk sizes to find the largest that fits, not just estimate it",
+        flag_values=values,
+    )
 
 
 def main(args: Any) -> None:
@@ -64,7 +70,7 @@ def main(args: Any) -> None:
 
     shape = config.mesh
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, devices=devices(args.topology))
-    found = plan.check(config, mesh, hbm)
+    found = plan.check(config, mesh, hbm, search_chunk=args.search_chunk)
     report = {"topology": args.topology, "versions": versions(), **found}
     told = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     for name, words in [("topology", args.topology), ("versions", told), *plan.words(report)]:

@@ -21,6 +21,7 @@ from vlm2vec_jax.parallel.mesh import describe, row_shards
 from vlm2vec_jax.training import aot, setup
 from vlm2vec_jax.training.assumed import Mix
 from vlm2vec_jax.training.batching import BatchPacker, Size, choose_rows
+from vlm2vec_jax.training.chunk_search import Trial, largest, search
 
 _USABLE = 0.95
 """Share of a chip's memory that a program may plan with; the rest is the runtime's."""
@@ -97,7 +98,14 @@ def useful_flops_per_pair(config: Config, model: Model, sizes: list[Size]) -> fl
     return (3 if config.adapter.type == "none" else 2) * forward / config.batch_size
 
 
-def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None) -> dict[str, Any]:
+def check(
+    config: Config,
+    mesh: Mesh,
+    hbm: int,
+    folder: str | Path | None = None,
+    *,
+    search_chunk: bool = False,
+) -> dict[str, Any]:
     """Compile the train step of a configuration for a mesh and read the result.
 
     Args:
@@ -105,6 +113,8 @@ def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None
       mesh: of a topology's devices, or of simulated ones.
       hbm: bytes of a chip.
       folder: the model's folder; `model.path` by default.
+      search_chunk: compile other chunk sizes as well, to find the largest that fits
+        (`chunk_search`); else it is estimated from the one program.
 
     Returns:
       A JSON-able report, see `words`.
@@ -118,7 +128,11 @@ def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None
     layout = model.backbone.visual_layout(model.config)
     trainer = aot.abstract_trainer(config, mesh, model.folder)
     spec = setup.step_spec(config, model, cached=packed.cached, shards=row_shards(mesh), memory=hbm)
-    batch = aot.abstract_batch(packed.chunks, config.batch_size, layout, mesh, spec.loss)
+
+    def program(packed: Shapes) -> dict[str, Any]:
+        batch = aot.abstract_batch(packed.chunks, config.batch_size, layout, mesh, spec.loss)
+        return _compiled(lambda: aot.compile_step(trainer, spec, batch), hbm)
+
     trained, frozen = trainer.sizes()
     report = {
         "mesh": describe(mesh),
@@ -138,8 +152,11 @@ def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None
         "sharding": trainer.table(),
         "hbm_bytes_per_chip": hbm,
     }
-    report |= _compiled(lambda: aot.compile_step(trainer, spec, batch), hbm)
+    report |= program(packed)
     report["largest_chunk_tokens"] = largest_chunk(report, row_shards(mesh))
+    report["searched"] = search_chunk and packed.cached
+    if report["searched"]:
+        report |= _searched(config, model, sizes, report, row_shards(mesh), program)
     # The group whose rows are longest needs most; all embed with the same weights.
     longest = max(packed.chunks, key=lambda shape: (shape.row.units > 0, shape.row.tokens))
     group = aot.abstract_group(longest._replace(chunks=1), layout, mesh)
@@ -147,6 +164,41 @@ def check(config: Config, mesh: Mesh, hbm: int, folder: str | Path | None = None
     report["embedding"] = {"rows": longest.rows, **dataclasses.asdict(longest.row), **embedding}
     report["fits"] = report["fits"] and embedding["fits"]
     return report
+
+
+def _searched(
+    config: Config,
+    model: Model,
+    sizes: list[Size],
+    report: dict[str, Any],
+    shards: int,
+    program: Callable[[Shapes], dict[str, Any]],
+) -> dict[str, Any]:
+    """What `search_chunk` adds to a report: the largest chunk and what was compiled for it."""
+    compiled = []
+    known: dict[tuple[ChunkShape, ...], dict[str, Any]] = {}
+
+    def measure(chunk_tokens: int) -> int:
+        packing = dataclasses.replace(config.packing, chunk_tokens=chunk_tokens)
+        # A batch that fits into one chunk is a program of chunks here, too.
+        other = dataclasses.replace(config, packing=packing, grad_cache="on")
+        packed = shapes(other, model, sizes, shards)
+        # Chunks are made of whole rows, so that two sizes may be one program.
+        found = known.get(packed.chunks) or program(packed)
+        known[packed.chunks] = found
+        compiled.append({"chunk_tokens": chunk_tokens, **found})
+        return found["peak_bytes_per_chip"]
+
+    limit = int(_USABLE * report["hbm_bytes_per_chip"])
+    first = Trial(report["chunk_tokens"] // shards, report["peak_bytes_per_chip"])
+    whole = max(g["chunks"] * g["rows"] * g["tokens"] for g in report["groups"]) // shards
+    row = max(g["tokens"] for g in report["groups"])
+    trials = search(measure, first, limit=limit, most=max(whole, row), step=row)
+    kept = ("chunk_tokens", "fits", "peak_bytes_per_chip", "compile_cpu_s")
+    return {
+        "largest_chunk_tokens": largest(trials, limit) or 0,
+        "search": [{name: one[name] for name in kept} for one in compiled],
+    }
 
 
 def _compiled(build: Callable[[], Any], hbm: int) -> dict[str, Any]:
@@ -188,13 +240,13 @@ def measure(compiled: Any, hbm: int) -> dict[str, Any]:
     }
     peak = int(sum(parts.values()))
     found = hlo.collectives(compiled)
-    largest = sorted(found, key=lambda op: -op.bytes)[:5]
+    heaviest = sorted(found, key=lambda op: -op.bytes)[:5]
     return {
         "fits": peak <= _USABLE * hbm,
         "peak_bytes_per_chip": peak,
         "memory": parts,
         "collectives": hlo.by_kind(found),
-        "largest_collectives": [str(op) for op in largest],
+        "largest_collectives": [str(op) for op in heaviest],
     }
 
 
@@ -249,9 +301,12 @@ def words(report: dict[str, Any]) -> list[tuple[str, str]]:
             "outside loops" if place == "outside" else "inside loops, one pass of each chunk loop"
         )
         lines.append(("collectives", f"{where}: {told or 'none'}"))
-    largest = report.get("largest_chunk_tokens")
-    if largest is not None:
-        lines.append(("chunk", f"estimated to fit: packing.chunk_tokens up to {largest:,}"))
+    most = report.get("largest_chunk_tokens")
+    if most is not None:
+        how = "estimated to fit"
+        if report["searched"]:
+            how = f"compiled and found to fit, of {1 + len(report['search'])} sizes"
+        lines.append(("chunk", f"{how}: packing.chunk_tokens up to {most:,}"))
     embedding = report.get("embedding")
     if embedding is not None:
         size = embedding["peak_bytes_per_chip"] / 1e9
