@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes of four devices make the same train step as one process of eight."""
+"""Two processes make the same train step as one, and agree about saves that one cannot make."""
 
+import json
 import os
 import socket
 import subprocess
@@ -9,18 +10,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from multiprocess_saves import batch_of
 from training_tools import check_gradients, mini_model
 
+from vlm2vec_jax.training.dump import flat, read_batch
+
+HOST = socket.gethostname()
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 
-def start(repository, folder, output, port, processes, process, log):
+def start(repository, script, log, *argv):
     path = os.pathsep.join([str(repository), str(Path(__file__).parent)])
     env = {**os.environ, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    script = Path(__file__).with_name("multiprocess_step.py")
-    argv = [sys.executable, script, folder, output, port, processes, process]
+    command = [sys.executable, Path(__file__).with_name(script), *argv]
     with log.open("w") as out:
-        return subprocess.Popen([str(a) for a in argv], stdout=out, stderr=out, env=env)
+        return subprocess.Popen([str(a) for a in command], stdout=out, stderr=out, env=env)
+
+
+def end(running, logs) -> None:
+    """Wait for processes that must end well."""
+    try:
+        codes = [process.wait(timeout=400) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert codes == [0] * len(codes), "\n".join(log.read_text()[-3000:] for log in logs)
 
 
 def free_port() -> int:
@@ -35,15 +49,12 @@ def test_two_processes_are_one(repository, tmp_path):
     for count in (1, 2):
         output, port = tmp_path / f"{count}.npz", free_port()
         logs = [tmp_path / f"{count}_{i}.txt" for i in range(count)]
+        script = "multiprocess_step.py"
         running = [
-            start(repository, folder, output, port, count, i, log) for i, log in enumerate(logs)
+            start(repository, script, log, folder, output, port, count, i)
+            for i, log in enumerate(logs)
         ]
-        try:
-            codes = [process.wait(timeout=400) for process in running]
-        finally:
-            for process in running:
-                process.kill()
-        assert codes == [0] * count, "\n".join(log.read_text()[-3000:] for log in logs)
+        end(running, logs)
         with np.load(output) as found:
             results.append(dict(found))
     one, two = results
@@ -52,3 +63,39 @@ def test_two_processes_are_one(repository, tmp_path):
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(two.pop(name), one.pop(name), rtol=1e-6)
     check_gradients(two, one, relative=2e-5, absolute=1e-7)
+
+
+@pytest.fixture(scope="module")
+def told(repository, tmp_path_factory):
+    """What two processes saw of `multiprocess_saves.py`, and the folder that they left."""
+    folder, port = tmp_path_factory.mktemp("saves"), free_port()
+    logs = [folder / f"{i}.txt" for i in range(2)]
+    script = "multiprocess_saves.py"
+    end([start(repository, script, log, folder, port, i) for i, log in enumerate(logs)], logs)
+    return folder, [json.loads((folder / f"told-{i}.json").read_text()) for i in range(2)]
+
+
+def test_a_save_that_fails_on_one_process_has_failed_for_both(told):
+    """It cannot write its arrays, then nothing at all; nobody waits for it either time."""
+    for seen in told[1]:
+        assert seen["seconds 2"] < 30 and seen["seconds 3"] < 30
+        assert [s.split(";")[0] for s in seen["told"]] == [
+            f"saving a checkpoint failed, step {step}: process 1 ({HOST}): File too large"
+            for step in (2, 3)
+        ]
+        assert all("the checkpoint of step 1" in error for error in seen["errors"])
+        assert len(seen["errors"]) == 2
+        # The next one works again, and holds what both have.
+        assert seen["steps"] == [1, 4] and seen["restored"] == [4, True]
+
+
+def test_a_dump_of_two_processes_is_the_batch_of_one(told):
+    folder, seen = told
+    assert all("step 5" in one["dumped"] for one in seen)
+    batch, said = read_batch(folder / "non_finite" / "step-5")
+    _, whole = batch_of((0, 1))
+    assert said["parts"] == 2 and (folder / "non_finite/step-5/checkpoints/4").is_dir()
+    found, wanted = flat(batch), flat(whole)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)

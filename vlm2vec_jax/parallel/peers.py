@@ -26,11 +26,16 @@ HEARTBEAT_S = 60
 
 _POLL_MS = 500
 _FAILED = "vlm2vec/failed"
+_GIVEN_UP = "vlm2vec/given-up"
 _Result = TypeVar("_Result")
 
 
 class Stopped(Exception):
     """A wait for the others was given up, as this process is closing."""
+
+
+class GivenUp(Exception):
+    """Another process will not come to where this one waits for it; says who, and why."""
 
 
 class Peers:
@@ -68,6 +73,8 @@ class Peers:
         stop: threading.Event | None = None,
         report: Callable[[str], None] | None = None,
         slow_s: float = 60.0,
+        matter: str = "",
+        timeout_s: float | None = None,
     ) -> list[bytes]:
         """Give every process the message of each.
 
@@ -79,12 +86,16 @@ class Peers:
           report: gets a sentence when others have been waited for `slow_s` seconds, again after
             twice the time, and so on.
           slow_s: see `report`.
+          matter: what the exchange is part of, for `give_up`.
+          timeout_s: how long to wait for the others; None for as long as they live.
 
         Returns:
           A message per process, in order.
 
         Raises:
           Stopped: if `stop` was set.
+          GivenUp: if another process has given `matter` up.
+          TimeoutError: naming who did not come in time.
           UserError: if another process has failed (`fail`).
         """
         if self.processes == 1:
@@ -104,10 +115,15 @@ class Peers:
                 except jax.errors.JaxRuntimeError as error:
                     if "DEADLINE_EXCEEDED" not in str(error):
                         raise
-                failed = _failure(client)
+                failed = _said(client, _FAILED)
                 if failed:
                     raise UserError(failed)
+                refused = _said(client, f"{_GIVEN_UP}/{matter}") if matter else ""
+                if refused:
+                    raise GivenUp(refused)
                 waited = time.monotonic() - started
+                if timeout_s is not None and waited > timeout_s:
+                    raise TimeoutError(f"{self.name(other)} did not come within {timeout_s:.0f} s")
                 if report is not None and waited > told:
                     report(f"{self.name(other)} has been waited for {waited:.0f} s ({name})")
                     told *= 2
@@ -125,6 +141,18 @@ class Peers:
             told = f"{self.name(self.process)}: {message}".encode()
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed before
                 _client().key_value_set_bytes(_FAILED, told)
+
+    def give_up(self, matter: str, message: str) -> None:
+        """Tell the others not to wait for this process in a matter, now or later.
+
+        Args:
+          matter: as in their `exchange`.
+          message: why.
+        """
+        if self.processes > 1:
+            told = f"{self.name(self.process)}: {message}".encode()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another gave it up before
+                _client().key_value_set_bytes(f"{_GIVEN_UP}/{matter}", told)
 
     def share(self, name: str, value: Any, **options: Any) -> list[Any]:
         """`exchange` of JSON-able values."""
@@ -205,9 +233,10 @@ def join(
     return Peers(place.process, place.processes, hosts)
 
 
-def _failure(client: Any) -> str:
+def _said(client: Any, key: str) -> str:
+    """The message under a key, "" if there is none."""
     try:
-        return client.key_value_try_get_bytes(_FAILED).decode()
+        return client.key_value_try_get_bytes(key).decode()
     except jax.errors.JaxRuntimeError:
         return ""
 

@@ -13,7 +13,6 @@ array, shape, dtype and checksum.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.parallel.peers import Peers
+from vlm2vec_jax.parallel.peers import GivenUp, Peers
 from vlm2vec_jax.training.checkpoint_files import (
     WHOLE,
     Damaged,
@@ -38,12 +37,10 @@ from vlm2vec_jax.training.checkpoint_files import (
     words,
 )
 from vlm2vec_jax.training.fingerprint import digest, explain_arrays
+from vlm2vec_jax.training.saving_together import Together
 
 FORMAT = "vlm2vec_jax checkpoint 1"
 _LOG = logging.getLogger(__name__)
-
-
-_OPENED = itertools.count()
 
 
 class Checkpoints:
@@ -88,12 +85,10 @@ class Checkpoints:
         self._read_only = read_only
         self._report = report or _LOG.warning
         self._saving: int | None = None  # the step whose save has not been confirmed yet
+        self._refused: str | None = None  # why this process could not even start that save
         self._failures: list[str] = []  # in a row, up to now
         self._retry_at = 0.0
-        self._peers = peers or Peers()
-        # Opened in the same order on all processes, so the number is a name that they share.
-        self._name = f"checkpoint/{next(_OPENED)}"
-        self._agreed = 0
+        self._together = Together(peers or Peers(), self._report)
         check_folder(self.folder, read_only)
         hush()
         self._manager = self._open()
@@ -117,7 +112,7 @@ class Checkpoints:
         """
         if self.every > 0 and step % self.every == 0:
             return True
-        if self._peers.processes > 1 or self._read_only:
+        if not self._together.alone or self._read_only:
             return False
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self._confirm()
@@ -156,6 +151,10 @@ class Checkpoints:
     ) -> bool:
         document = {"format": FORMAT, "step": step, "meta": dict(meta), "arrays": digest(state)}
         self._saving = step
+        unable = self._together.begin(self.folder)
+        if unable is not None:
+            self._failed(unable, final=final)
+            return False
         try:
             self._manager.save(
                 step,
@@ -166,6 +165,9 @@ class Checkpoints:
                 force=True,
             )
         except Exception as error:  # orbax and tensorstore raise many kinds, none in common
+            if not self._together.alone:  # the others have started, and find out in `_confirm`
+                self._refused = words(error)
+                return True
             self._failed(words(error), final=final)
             return False
         return True
@@ -287,6 +289,9 @@ class Checkpoints:
             cleanup_tmp_directories=not self._read_only,
             read_only=self._read_only,
             create=not self._read_only,
+            async_options=ocp.AsyncOptions(
+                barrier_sync_fn=None if self._together.alone else self._together.meet
+            ),
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -300,24 +305,24 @@ class Checkpoints:
         """Wait for the save under way, if any, and note how it ended."""
         if self._saving is None:
             return
-        problem = None
+        problem, self._refused = self._refused, None
         try:
-            self._manager.wait_until_finished()
-            if self._saving not in self.steps():
-                problem = "it is not there after the save"
+            if problem is None:
+                self._manager.wait_until_finished()
+                if self._saving not in self.steps():
+                    problem = "it is not there after the save"
+        except GivenUp:
+            problem = None  # it is another one's, who tells
         except Exception as error:  # any failure of a background write
             problem = words(error)
-        self._agreed += 1
-        told = self._peers.share(f"{self._name}/{self._agreed}", problem)
-        failed = {n: said for n, said in enumerate(told) if said is not None}
-        if failed:
-            said = [f"{self._peers.name(n)}: {words}" for n, words in failed.items()]
-            self._failed(problem if len(told) == 1 else "; ".join(said), final=final)
+        problem = self._together.end(problem)
+        if problem is not None:
+            self._failed(problem, final=final)
             return
         self._saving = None
         self._failures.clear()
 
-    def _failed(self, problem: str | None, *, final: bool = False) -> None:
+    def _failed(self, problem: str, *, final: bool = False) -> None:
         step, self._saving = self._saving, None
         sentence = f"step {step}: {problem}"
         self._failures.append(sentence)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -57,6 +58,24 @@ def check_folder(folder: Path, read_only: bool) -> None:
         strange,
         advice="Choose another output folder.",
     )
+
+
+def check_writable(folder: Path, process: int) -> str | None:
+    """Why this process cannot write to the folder of checkpoints; None if it can.
+
+    Args:
+      folder: that all processes see.
+      process: number of this one, so that none uses another's file.
+    """
+    probe = folder / f"probe-{process}.tmp"
+    try:
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        return words(error)
+    return None
 
 
 class Damaged(Exception):
