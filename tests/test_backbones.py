@@ -233,7 +233,7 @@ def test_costs_and_sizes_are_told(name):
     tokens, units = family.image_size(config, {"num_crops": 1}, 60, 40)
     assert 0 < units <= tokens or family.visual_layout(config).features_per_unit > 1
     assert family.flops(config, 20, 0) < family.flops(config, 20, units)
-    assert min(family.activation_bytes(config, "full", 4)) > 0
+    assert min(family.activation_bytes(config, "full", "full", 4)) > 0
     assert family.width(config) == known(name)[-1].expected.shape[1]
     abstract = nnx.eval_shape(lambda: family.build(config, rngs=nnx.Rngs(0)))
     assert jax.tree.leaves(abstract)

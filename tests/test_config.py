@@ -110,11 +110,11 @@ def test_empty_paths_are_all_named():
         ("mesh.data", 3, "batch_size (1024) is not divisible by the 3 shards"),
         ("packing.row_tokens", 128, "packing.row_tokens (128) is less than data.max_len (256)"),
         ("grad_cache", "always", "grad_cache must be one of auto, on, off"),
-        ("remat", "some", "remat must be one of none, dots, full"),
+        ("remat", "some", "remat must be one of none, dots, offload, full"),
         ("tracking.wandb", "yes", "tracking.wandb must be one of off, offline, online"),
         ("eval.every", 10, "eval.path is empty, but eval.every asks for evaluations"),
         ("profile", "5", "profile '5': give START:STOP"),
-        ("attention", "flash", "attention must be one of auto, xla, cudnn, splash"),
+        ("attention", "flash", "attention must be one of auto, xla, splash, cudnn, triton"),
     ],
 )
 def test_each_mistake_is_said_in_words(path, value, said):

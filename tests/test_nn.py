@@ -45,10 +45,13 @@ def test_attention(kv_heads, window):
     seen = (segments[:, :, None] == segments[:, None]) & (index[:, :, None] >= index[:, None])
     if window is not None:
         seen &= index[:, :, None] - index[:, None] <= window
-    places = Visibility(jnp.asarray(segments), jnp.asarray(segments), jnp.asarray(index), window)
+    ids = jnp.asarray(segments)
+    places = Visibility(ids, ids, True, jnp.asarray(index), window)
     np.testing.assert_array_equal(np.asarray(places.mask()), seen)
     found = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), places)
     np.testing.assert_allclose(np.asarray(found), attention_by_hand(q, k, v, seen), atol=2e-6)
+    in_order = Visibility(ids, ids, True, window=window)
+    np.testing.assert_array_equal(np.asarray(in_order.mask()), seen)
 
 
 def test_attention_without_a_mask():
@@ -61,17 +64,10 @@ def test_attention_without_a_mask():
 def test_attention_of_some_queries_is_the_same():
     q, k, v = normal(1, 6, 2, 4), normal(1, 6, 2, 4, seed=1), normal(1, 6, 2, 4, seed=2)
     segments = jnp.array([[1, 1, 1, 2, 2, 2]])
-    index = jnp.arange(6)[None]
-    whole = attend(q, k, v, Visibility(segments, segments, index))
+    whole = attend(q, k, v, Visibility(segments, segments, True))
     some = jnp.array([[2, 5]])
-    picked = attend(q[:, [2, 5]], k, v, Visibility(segments[:, [2, 5]], segments, some))
+    picked = attend(q[:, [2, 5]], k, v, Visibility(segments[:, [2, 5]], segments, True, some))
     np.testing.assert_allclose(np.asarray(picked), np.asarray(whole)[:, [2, 5]], atol=1e-6)
-
-
-def test_an_unknown_kernel_is_an_error():
-    x = jnp.zeros((1, 1, 1, 8))
-    with pytest.raises(ValueError, match="'cudnn' is not available"):
-        attend(x, x, x, implementation="cudnn")
 
 
 def test_rope():

@@ -202,13 +202,13 @@ def test_attention_near_and_in_blocks_is_attention(runs):
     segments = np.repeat(np.arange(len(runs)), runs)[None].astype(np.int32)
     rng = np.random.default_rng(len(runs))
     q, k, v = rng.standard_normal((3, 1, segments.size, 2, 4)).astype(np.float32)
-    seen = Visibility(jnp.asarray(segments), jnp.asarray(segments), None)
+    seen = Visibility(jnp.asarray(segments), jnp.asarray(segments))
     expected = attend(q, k, v, seen)
     near = attend_near(q, k, v, jnp.asarray(segments), 19)
     np.testing.assert_allclose(near, expected, atol=1e-6)
-    causal = Visibility(seen.query_segments, seen.key_segments, jnp.arange(segments.size)[None])
+    causal = Visibility(seen.query_segments, seen.key_segments, True)
     for visibility in (seen, causal):
-        blocks = attention._attend_in_blocks(q, k, v, visibility)
+        blocks = attention._attend_in_blocks(q, k, v, visibility, 128)
         np.testing.assert_allclose(blocks, attend(q, k, v, visibility), atol=1e-6)
 
 

@@ -54,9 +54,12 @@ class Config:
       output: folder that receives config.json, metrics.jsonl, checkpoints/ and the model.
       grad_cache: "on" embeds chunk by chunk and keeps no activations of the others, "off" takes
         the batch in one piece, "auto" is "off" where the batch is one chunk.
-      attention: "xla" (exact, anywhere), "cudnn", "splash", or "auto" by platform.
+      attention: "xla" (exact, anywhere), "splash" (TPU), "cudnn" or "triton" (NVIDIA), or "auto"
+        for what suits platform and shapes.
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps
-        matrix products, "full" recomputes the layer.
+        matrix products, "full" recomputes the layer from its input, "offload" too, but that input
+        waits in the host's memory.
+      remat_vision: the same for the vision tower alone; "same" as `remat`.
       log_every: steps between two lines on the console; metrics.jsonl has every step.
       profile: "START:STOP" traces these steps into `output/profile`; empty for none.
       max_skipped_steps: steps whose loss or gradient is not finite are skipped and reported; with
@@ -81,6 +84,7 @@ class Config:
     grad_cache: str = "auto"
     attention: str = "auto"
     remat: str = "full"
+    remat_vision: str = "same"
     log_every: int = 10
     profile: str = ""
     max_skipped_steps: int = 10
@@ -110,6 +114,7 @@ NOT_DECIDING = (
     "grad_cache",
     "attention",
     "remat",
+    "remat_vision",
     "loss.form",
     "loss.tile",
     "data.image_root",

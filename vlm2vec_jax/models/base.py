@@ -59,8 +59,8 @@ class Backbone:
         of endings of HF names, or one regular expression.
       width: configuration -> D.
       max_tokens: configuration -> longest sequence that the positions allow.
-      activation_bytes: (configuration, remat, bytes of an element) -> estimated bytes that the
-        backward pass keeps per token and per visual unit.
+      activation_bytes: (configuration, remat, remat_vision, bytes of an element) -> estimated bytes
+        that the backward pass keeps on the device per token and per visual unit.
       flops: (configuration, tokens, visual units) -> FLOPs of one sequence's forward pass that
         its embedding needs.
       image_size: (configuration, options by name, width, height) -> tokens and visual units of an
@@ -83,7 +83,7 @@ class Backbone:
     targets: tuple[str, ...] | str
     width: Callable[[Any], int]
     max_tokens: Callable[[Any], int]
-    activation_bytes: Callable[[Any, str, int], tuple[float, float]]
+    activation_bytes: Callable[[Any, str, str, int], tuple[float, float]]
     flops: Callable[[Any, int, int], float]
     image_size: Callable[[Any, Mapping[str, Any], int, int], tuple[int, int]]
     visual_layout: Callable[[Any], VisualLayout]

@@ -1,21 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention behind one function: who sees whom is said once, kernels are chosen by name.
 
-Rows are packed: several sequences lie end to end, told apart by segment ids.
+Rows are packed: several sequences lie end to end, told apart by segment ids. `xla` is exact and
+runs anywhere, `splash` is the kernel of TPUs (`nn/splash.py`), `cudnn` and `triton` are those of
+NVIDIA cards (`nn/cuda.py`); docs/performance.md has their figures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
+from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.nn.compute import AttentionKind
+from vlm2vec_jax.parallel.sharding import by_rows_and_heads, parts
 
-_MOST_PAIRS = 1 << 24
-"""Pairs of query and key in a row beyond which their logits are made in blocks."""
+AttentionKinds: tuple[str, ...] = get_args(AttentionKind)
+
+_MOST_LOGITS = 1 << 28
+"""Logits on a chip beyond which `xla` makes them in blocks (1 GB in float32)."""
+_BLOCK_LOGITS = 1 << 26
+"""Logits of such a block."""
 _LEAST_BLOCK = 64
 # Finite, so that a query which sees nothing gives a mean of values and not NaN.
 _HIDDEN = -1e30
@@ -27,33 +38,41 @@ class Visibility:
 
     Attributes:
       query_segments: i32 [R, T]; key_segments: i32 [R, S]. A query sees its own segment.
-      query_index: i32 [R, T], where the query stands in the row; it sees keys at or before it.
-        None for no order: a query sees its whole segment.
-      window: if set, keys further back than this many tokens are hidden as well (HF 4.46's
-        eager mask: `query - key <= window` is seen).
+      causal: it sees keys at or before its own place only, else its whole segment.
+      query_index: i32 [R, T], where a causal query stands in the row; None where the queries are
+        the row's tokens in order.
+      window: if set, keys further back than this many tokens are hidden from a causal query (HF
+        4.46's eager mask: `query - key <= window` is seen).
     """
 
     query_segments: jax.Array
     key_segments: jax.Array
-    query_index: jax.Array | None
+    causal: bool = False
+    query_index: jax.Array | None = None
     window: int | None = None
 
     def take(self, start: jax.Array, size: int) -> Visibility:
         """The same for `size` queries from `start` on."""
-        index = self.query_index
-        return Visibility(
-            jax.lax.dynamic_slice_in_dim(self.query_segments, start, size, 1),
-            self.key_segments,
-            None if index is None else jax.lax.dynamic_slice_in_dim(index, start, size, 1),
-            self.window,
-        )
+
+        def part(x):
+            return jax.lax.dynamic_slice_in_dim(x, start, size, 1)
+
+        own = part(self.query_segments)
+        if self.query_index is None:
+            index = jnp.broadcast_to(start + jnp.arange(size), own.shape)
+        else:
+            index = part(self.query_index)
+        return Visibility(own, self.key_segments, self.causal, index, self.window)
 
     def mask(self) -> jax.Array:
         """Dense form, bool [R, T, S]."""
         same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        if self.query_index is None:
+        if not self.causal:
             return same
-        back = self.query_index[:, :, None] - jnp.arange(self.key_segments.shape[1])
+        index = self.query_index
+        if index is None:
+            index = jnp.arange(self.query_segments.shape[1])[None]
+        back = index[:, :, None] - jnp.arange(self.key_segments.shape[1])
         seen = same & (back >= 0)
         return seen if self.window is None else seen & (back <= self.window)
 
@@ -73,19 +92,106 @@ def attend(
       k: [R, S, K, H] with N a multiple of K; head n reads key head n // (N / K).
       v: [R, S, K, H].
       visibility: None if every query sees every key.
-      implementation: `xla` is exact on every platform; `auto` is `xla` so far.
+      implementation: `xla`, exact on every platform; `splash` on TPUs; `triton` on NVIDIA cards;
+        `cudnn` there, which means `triton` for packed rows; `auto` for what is best on the platform
+        at these shapes. What a kernel has no form for is `xla`: queries of which a causal
+        `visibility` says where they stand (a few pooled tokens), a window on NVIDIA cards.
 
     Returns:
       [R, T, N, H] in q's dtype.
 
     Raises:
-      ValueError: if the implementation is not there.
+      UserError: if the platform has no such kernel.
     """
-    if implementation not in ("auto", "xla"):
-        raise ValueError(f"attention {implementation!r} is not available; use 'xla' or 'auto'")
-    if visibility is not None and q.shape[1] * k.shape[1] > _MOST_PAIRS:
-        return _attend_in_blocks(q, k, v, visibility)
-    return _attend_xla(q, k, v, visibility)
+    kind = chosen(implementation, q, k, visibility)
+    if kind == "xla":
+        return _attend_xla(q, k, v, visibility)
+    tensor = parts("tensor")
+    if q.shape[2] % tensor == 0 and k.shape[2] % tensor:
+        # Fewer key heads than partners: every partner takes those that its heads read.
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    # Imported where they are used: most programs need none of them.
+    if kind == "splash":
+        from vlm2vec_jax.nn.splash import attend as kernel
+    else:
+        from vlm2vec_jax.nn.cuda import attend_cudnn
+        from vlm2vec_jax.nn.cuda import attend_triton as kernel
+
+        if kind == "cudnn":
+            return by_rows_and_heads(attend_cudnn, (q, k, v))
+    options: dict[str, Any] = {"interpret": _interpreted}
+    segments = ()
+    if visibility is not None:
+        options["causal"] = visibility.causal
+        segments = (visibility.query_segments, visibility.key_segments)
+        if visibility.window is not None:
+            options["window"] = visibility.window
+    return by_rows_and_heads(functools.partial(kernel, **options), (q, k, v), segments)
+
+
+def chosen(
+    kind: AttentionKind, q: jax.Array, k: jax.Array, visibility: Visibility | None
+) -> AttentionKind:
+    """The kernel for these operands.
+
+    Raises:
+      UserError: if the platform has no such kernel.
+    """
+    where = platform()
+    needed = {"splash": "tpu", "cudnn": "gpu", "triton": "gpu"}.get(kind, where)
+    if kind not in AttentionKinds:
+        raise UserError(f"attention={kind}: known are {', '.join(AttentionKinds)}")
+    if needed != where and not _interpreted:
+        names = {"tpu": "TPUs", "gpu": "NVIDIA cards"}
+        raise UserError(
+            f"attention={kind} is a kernel of {names[needed]}, but this runs on {where}: choose "
+            f"attention=auto"
+        )
+    if kind == "xla" or (visibility is not None and visibility.query_index is not None):
+        return "xla"
+    if kind == "splash" or (kind == "auto" and where == "tpu"):
+        long = kind == "splash" or q.shape[1] * k.shape[1] >= LEAST_PAIRS
+        return "splash" if long else "xla"
+    if where != "gpu" and not _interpreted:
+        return "xla"
+    from vlm2vec_jax.nn import cuda
+
+    wanted = "cudnn" if kind != "triton" and visibility is None else "triton"
+    if wanted == "cudnn" and not cuda.cudnn_takes(q):
+        wanted = "triton"
+    if wanted == "triton" and (
+        q.shape[1] != k.shape[1] or (visibility is not None and visibility.window is not None)
+    ):
+        return "xla"
+    if kind == "auto" and not (
+        jax.default_backend() == "gpu" and cuda.works(wanted, q.shape[3], str(q.dtype))
+    ):
+        return "xla"
+    return wanted
+
+
+LEAST_PAIRS = 512 * 512
+"""Pairs of query and key in a row from which on `auto` takes splash."""
+
+
+def platform() -> str:
+    """Of the devices that a program is traced for: `cpu`, `gpu`, `tpu`."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
+_interpreted = False
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Let the kernels of TPUs and cards run in an interpreter, on any platform: for tests."""
+    global _interpreted
+    before, _interpreted = _interpreted, True
+    try:
+        yield
+    finally:
+        _interpreted = before
 
 
 def attend_near(
@@ -117,7 +223,7 @@ def attend_near(
     block = max(reach, _LEAST_BLOCK)
     count = -(-tokens // block)
     if count < 4:
-        return attend(q, k, v, Visibility(segments, segments, None), implementation=implementation)
+        return attend(q, k, v, Visibility(segments, segments), implementation=implementation)
     missing = count * block - tokens
 
     def blocks(x: jax.Array, fill: int = 0) -> jax.Array:
@@ -133,7 +239,7 @@ def attend_near(
         return near.reshape(rows * count, 3 * block, *x.shape[3:])
 
     own = blocks(segments, -1)
-    seen = Visibility(own.reshape(-1, block), around(own, -1), None)
+    seen = Visibility(own.reshape(-1, block), around(own, -1))
     y = attend(
         blocks(q).reshape(-1, block, heads, width),
         around(blocks(k)),
@@ -144,31 +250,40 @@ def attend_near(
     return y.reshape(rows, count * block, heads, width)[:, :tokens]
 
 
-def _attend_in_blocks(q, k, v, visibility: Visibility):
-    """The same sums, some queries at a time: the logits of all of them would not fit."""
+def _attend_xla(q, k, v, visibility):
+    rows, tokens, heads, _ = q.shape
+    own = rows * heads * k.shape[1] / (parts("data") * parts("fsdp") * parts("tensor"))
+    if visibility is None or own * tokens <= _MOST_LOGITS:
+        return _attend_at_once(q, k, v, visibility)
+    size = max(int(_BLOCK_LOGITS / own) // 128 * 128, 128)
+    return _attend_in_blocks(q, k, v, visibility, size)
+
+
+def _attend_in_blocks(q, k, v, visibility: Visibility, size: int):
+    """The same sums, `size` queries at a time; the backward pass makes their logits again."""
     rows, tokens, heads, width = q.shape
-    size = max(_MOST_PAIRS // 4 // k.shape[1] // 128 * 128, 128)
     count = -(-tokens // size)
     missing = count * size - tokens
     q = jnp.pad(q, [(0, 0), (0, missing), (0, 0), (0, 0)])
     index = visibility.query_index
-    visibility = Visibility(
-        jnp.pad(visibility.query_segments, [(0, 0), (0, missing)], constant_values=-1),
-        visibility.key_segments,
-        None if index is None else jnp.pad(index, [(0, 0), (0, missing)]),
-        visibility.window,
+    visibility = dataclasses.replace(
+        visibility,
+        query_segments=jnp.pad(
+            visibility.query_segments, [(0, 0), (0, missing)], constant_values=-1
+        ),
+        query_index=None if index is None else jnp.pad(index, [(0, 0), (0, missing)]),
     )
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(start):
         part = jax.lax.dynamic_slice_in_dim(q, start, size, 1)
-        return _attend_xla(part, k, v, visibility.take(start, size))
+        return _attend_at_once(part, k, v, visibility.take(start, size))
 
     y = jax.lax.map(block, jnp.arange(count) * size)
     return jnp.moveaxis(y, 0, 1).reshape(rows, count * size, heads, width)[:, :tokens]
 
 
-def _attend_xla(q, k, v, visibility):
+def _attend_at_once(q, k, v, visibility):
     rows, queries, heads, width = q.shape
     groups = heads // k.shape[2]
     q = q.reshape(rows, queries, k.shape[2], groups, width)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.parallel.mesh import ROWS
+from vlm2vec_jax.parallel.mesh import AXES, ROWS
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 """(regular expression for the whole path, spec); the first match wins."""
@@ -63,10 +63,16 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
 
 def is_cut(axis: str = "fsdp") -> bool:
     """Whether the ambient mesh leaves it to the compiler to spread something over `axis`."""
+    return parts(axis) > 1
+
+
+def parts(axis: str) -> int:
+    """Into how many parts the compiler cuts what is spread over `axis` of the ambient mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get(axis, 1) == 1:
-        return False
-    return mesh.axis_types[mesh.axis_names.index(axis)] != AxisType.Manual
+        return 1
+    manual = mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Manual
+    return 1 if manual else mesh.shape[axis]
 
 
 def gathered(module: Any, path: str, rules: Rules, *, stacked: bool = False) -> Any:
@@ -142,6 +148,43 @@ def by_rows(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
         return function
     # check_vma off: gradients shall stay each chip's own until they are added up.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def by_rows_and_heads(
+    function: Callable[..., jax.Array],
+    heads: Sequence[jax.Array],
+    rows: Sequence[jax.Array] = (),
+) -> jax.Array:
+    """Run a function on every chip's own rows and heads: for kernels, which no compiler can cut.
+
+    Args:
+      function: of all arrays in order; rows and heads must not know of each other. Its result is
+        spread as `heads`.
+      heads: arrays [R, T, heads, ...]; rows lie over `data` and `fsdp`, heads over `tensor`.
+        Where these do not divide the dimension (of every array), each chip computes all of it.
+      rows: arrays [R, ...].
+    """
+    axes = tuple(name for name in ROWS if parts(name) > 1)
+    if any(x.shape[0] % math.prod(parts(name) for name in axes) for x in heads):
+        axes = ()
+    tensor = parts("tensor")
+    partner = None
+    if tensor > 1 and not any(x.shape[2] % tensor for x in heads):
+        partner = "tensor"
+    if not any(parts(name) > 1 for name in AXES):
+        return function(*heads, *rows)
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {name for name, kind in kinds if kind != AxisType.Manual}
+    cut, spread = PartitionSpec(axes or None, None, partner), PartitionSpec(axes or None)
+    run = jax.shard_map(
+        function,
+        in_specs=(cut,) * len(heads) + (spread,) * len(rows),
+        out_specs=cut,
+        axis_names=free,
+        check_vma=False,
+    )
+    return run(*heads, *rows)
 
 
 def row_shard() -> jax.Array | None:

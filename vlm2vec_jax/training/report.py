@@ -121,7 +121,10 @@ def _memory(
     params, moments = held(trainer.state.params), held(trainer.state.opt)
     frozen = held(trainer.frozen)
     per_token, per_unit = model.backbone.activation_bytes(
-        model.config, spec.compute.remat, np.dtype(config.model.dtype).itemsize
+        model.config,
+        spec.compute.remat,
+        spec.compute.vision.remat,
+        np.dtype(config.model.dtype).itemsize,
     )
     rows = packer.rows
     tokens = min(packer.chunk_tokens, 1 << 24) / row_shards(mesh)

@@ -258,18 +258,25 @@ def step_spec(
     )
 
 
+def reported_memory() -> int | None:
+    """Bytes of the first device as it says itself; None where it does not (CPUs)."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return int(limit) if limit else None
+
+
 def device_memory() -> int:
     """Bytes of the first device; where it does not say, this machine's memory shared out."""
     devices = jax.local_devices()
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = reported_memory()
     if limit:
-        return int(limit)
+        return limit
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
 def compute(config: Config) -> Compute:
     """How the model computes."""
-    return Compute(config.model.dtype, config.attention, config.remat)  # type: ignore[arg-type]
+    vision = None if config.remat_vision == "same" else config.remat_vision
+    return Compute(config.model.dtype, config.attention, config.remat, vision)  # type: ignore[arg-type]
 
 
 def optimizer(config: Config) -> AdamW:

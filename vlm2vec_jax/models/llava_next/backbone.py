@@ -13,21 +13,17 @@ from vlm2vec_jax.models.llava_next.processor import (
     visual_layout,
 )
 from vlm2vec_jax.models.llava_next.weights import table
-from vlm2vec_jax.models.shared.clip_config import clip_flops
-from vlm2vec_jax.models.shared.decoder_config import decoder_flops
+from vlm2vec_jax.models.shared.clip_config import clip_flops, clip_values
+from vlm2vec_jax.models.shared.decoder_config import decoder_flops, decoder_values
 
 
-def activation_bytes(config: LlavaNextConfig, remat: str, itemsize: int) -> tuple[float, float]:
-    """Bytes kept for the backward pass per token and per tile, an estimate.
-
-    With everything recomputed a layer keeps its input; without, about 16 values of its width per
-    token, the attention weights not counted.
-    """
-    values = {"none": 16, "dots": 8, "full": 1}[remat]
-    clip = config.clip
-    token = config.text.num_layers * config.text.hidden_size * values * itemsize
-    patches = config.features_per_tile + 1
-    return token, config.clip_layers_used * patches * clip.hidden_size * values * itemsize
+def activation_bytes(
+    config: LlavaNextConfig, remat: str, remat_vision: str, itemsize: int
+) -> tuple[float, float]:
+    """Bytes kept on the device for the backward pass per token and per tile, an estimate."""
+    token = decoder_values(config.text, remat)
+    unit = clip_values(config.clip, config.clip_layers_used, remat_vision)
+    return token * itemsize, unit * itemsize
 
 
 def forward_flops(config: LlavaNextConfig, tokens: int, tiles: int = 0) -> float:

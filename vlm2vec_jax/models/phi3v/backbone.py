@@ -14,19 +14,17 @@ from vlm2vec_jax.models.phi3v.model import Phi3V
 from vlm2vec_jax.models.phi3v.processor import Phi3VProcessor
 from vlm2vec_jax.models.phi3v.sharding import RULES
 from vlm2vec_jax.models.phi3v.weights import table
+from vlm2vec_jax.models.shared.clip_config import clip_values
+from vlm2vec_jax.models.shared.decoder_config import decoder_values
 
 
-def activation_bytes(config: Phi3VConfig, remat: str, itemsize: int) -> tuple[float, float]:
-    """Bytes kept for the backward pass per token and per crop, an estimate.
-
-    With everything recomputed a layer keeps its input; without, about 16 values of its width per
-    token, the attention weights not counted.
-    """
-    values = {"none": 16, "dots": 8, "full": 1}[remat]
-    clip = config.clip
-    token = config.num_layers * config.hidden_size * values * itemsize
-    patches = clip.patches_per_side**2 + 1
-    return token, config.clip_layers_used * patches * clip.hidden_size * values * itemsize
+def activation_bytes(
+    config: Phi3VConfig, remat: str, remat_vision: str, itemsize: int
+) -> tuple[float, float]:
+    """Bytes kept on the device for the backward pass per token and per crop, an estimate."""
+    token = decoder_values(config.decoder, remat)
+    unit = clip_values(config.clip, config.clip_layers_used, remat_vision)
+    return token * itemsize, unit * itemsize
 
 
 def planned_image_size(

@@ -10,22 +10,19 @@ from vlm2vec_jax.models.qwen_vl.config import QwenVLConfig
 from vlm2vec_jax.models.qwen_vl.model import QwenVL
 from vlm2vec_jax.models.qwen_vl.processor import OPTIONS, planned_image_size, visual_layout
 from vlm2vec_jax.models.shared import decoder, parts
-from vlm2vec_jax.models.shared.decoder_config import decoder_flops
+from vlm2vec_jax.models.shared.decoder_config import decoder_flops, decoder_values
 from vlm2vec_jax.weights.sentence_transformers import SentenceTransformers
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def activation_bytes(config: QwenVLConfig, remat: str, itemsize: int) -> tuple[float, float]:
-    """Bytes kept for the backward pass per token and per unit, an estimate.
-
-    With everything recomputed a layer keeps its input; without, about 16 values of its width per
-    token, the attention weights not counted.
-    """
-    values = {"none": 16, "dots": 8, "full": 1}[remat]
-    tower = config.vision
-    token = config.text.decoder.num_layers * config.text.hidden_size * values * itemsize
-    return token, tower.depth * tower.patches_per_unit * tower.width * values * itemsize
+def activation_bytes(
+    config: QwenVLConfig, remat: str, remat_vision: str, itemsize: int
+) -> tuple[float, float]:
+    """Bytes kept on the device for the backward pass per token and per unit, an estimate."""
+    token = decoder_values(config.text.decoder, remat)
+    unit = vision.values(config.vision, remat_vision)
+    return token * itemsize, unit * itemsize
 
 
 def forward_flops(config: QwenVLConfig, tokens: int, units: int = 0) -> float:

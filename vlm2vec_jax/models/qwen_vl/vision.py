@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from vlm2vec_jax.models.qwen_vl.config import ImageConfig, QwenVLConfig, VisionConfig
 from vlm2vec_jax.models.qwen_vl.geometry import pixel_table
+from vlm2vec_jax.models.shared.decoder_config import layer_values
 from vlm2vec_jax.nn.attention import Visibility, attend, attend_near
 from vlm2vec_jax.nn.compute import Compute, layer_at, scan_layers
 from vlm2vec_jax.nn.linear import Linear
@@ -105,7 +106,7 @@ class VisionAttention(nnx.Module):
         q, k = rotate(q, places.cos, places.sin), rotate(k, places.cos, places.sin)
 
         def whole(q, k, v):
-            seen = Visibility(places.image, places.image, None)
+            seen = Visibility(places.image, places.image)
             return attend(q, k, v, seen, implementation=compute.attention)
 
         window = places.window
@@ -245,7 +246,9 @@ class Vision(nnx.Module):
             layer = gathered(layer, f"vision/layers_{n}", SHARDING, stacked=True)
             return constrain(layer(constrain(x, ROWS), places, full, compute, layer_key), ROWS)
 
-        return scan_layers(body, x, (getattr(self, f"layers_{n}"), full), compute=compute, key=key)
+        return scan_layers(
+            body, x, (getattr(self, f"layers_{n}"), full), compute=compute.vision, key=key
+        )
 
     def _deep(self, index: int, x: jax.Array, key: jax.Array | None) -> jax.Array:
         merger = gathered(
@@ -352,6 +355,21 @@ def normalise(patches: jax.Array, images: ImageConfig) -> jax.Array:
     pixels = patches.reshape(*patches.shape[:-1], -1, 3)
     found = jax.lax.platform_dependent(pixels, tpu=calculate, default=look_up)
     return found.reshape(patches.shape)
+
+
+def values(config: VisionConfig, remat: str) -> float:
+    """Values of a unit that all layers keep, see `shared.decoder_config.layer_values`."""
+    w, f = config.width, config.mlp_size
+    gates = 2 if config.mlp == "swiglu" else 1
+    layer = layer_values(
+        remat,
+        width=w,
+        attended=w,
+        products=5 * w + gates * f,
+        # Two norms, the stream between attention and MLP, rotated q and k, what the gate makes.
+        elementwise=5 * w + 2 * f,
+    )
+    return config.depth * config.patches_per_unit * layer
 
 
 def flops(config: VisionConfig, units: int) -> float:

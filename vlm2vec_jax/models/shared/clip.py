@@ -157,7 +157,7 @@ class Clip(nnx.Module):
             layer = gathered(layer, "vision/clip/layers", RULES, stacked=True)
             return constrain(layer(constrain(x, ROWS), compute, layer_key), ROWS)
 
-        x = scan_layers(body, self.embed(pixels), self.layers, compute=compute, key=key)
+        x = scan_layers(body, self.embed(pixels), self.layers, compute=compute.vision, key=key)
         return x[:, 1:]
 
     def hidden_states(self, pixels: jax.Array, compute: Compute) -> list[jax.Array]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from vlm2vec_jax.models.shared.decoder_config import layer_values
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """CLIP's mean of each channel, of values in [0, 1]."""
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -61,6 +63,14 @@ def read_clip(problems: list[str], vision: dict[str, Any]) -> ClipConfig:
         else:
             sizes[field.name] = float(value) if field.name == "layer_norm_eps" else int(value)
     return ClipConfig(**sizes)
+
+
+def clip_values(clip: ClipConfig, layers: int, remat: str) -> float:
+    """Values of a crop that so many layers keep, see `decoder_config.layer_values`."""
+    c, f = clip.hidden_size, clip.intermediate_size
+    # Two norms, the stream between attention and MLP, sigmoid and gelu.
+    layer = layer_values(remat, width=c, attended=c, products=5 * c + f, elementwise=3 * c + 2 * f)
+    return layers * (clip.patches_per_side**2 + 1) * layer
 
 
 def clip_flops(clip: ClipConfig, layers: int) -> float:

@@ -109,7 +109,8 @@ class Attention(nnx.Module):
         q_places = places if queries is None else places.take(queries)
         q = rotate(q, q_places.cos, q_places.sin)
         window = self.window if self.window is not None and self.window < tokens else None
-        seen = Visibility(q_places.segments, places.segments, q_places.index, window)
+        index = None if queries is None else q_places.index
+        seen = Visibility(q_places.segments, places.segments, True, index, window)
         y = attend(q, k, v, seen, implementation=compute.attention)
         return self.out(y.reshape(rows, q.shape[1], -1), out_key)
 

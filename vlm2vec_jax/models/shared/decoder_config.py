@@ -52,6 +52,44 @@ class DecoderConfig:
         return [(name, span) for name, span in stacks if span[0] < span[1]]
 
 
+def layer_values(
+    remat: str, *, width: int, attended: int, products: int, elementwise: int
+) -> float:
+    """Values of a token that one layer keeps on the device for its backward pass.
+
+    What attention keeps for each pair of tokens is not counted (none, with a flash kernel).
+
+    Args:
+      remat: see `nn.compute.Compute`.
+      width: of the residual stream.
+      attended: of the attention's output.
+      products: widths of all products with weights.
+      elementwise: widths of what lies between them, and is the input of something.
+    """
+    kept = {
+        "offload": 0,  # the stream itself waits in the host's memory
+        "full": width,
+        "dots": width + attended + products,
+        "none": width + attended + products + elementwise,
+    }
+    return kept[remat]
+
+
+def decoder_values(config: DecoderConfig, remat: str) -> float:
+    """Values of a token that all layers keep, see `layer_values`."""
+    d, f = config.hidden_size, config.mlp_size
+    heads, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    layer = layer_values(
+        remat,
+        width=d,
+        attended=heads,
+        products=heads + 2 * kv + d + 2 * f + d,
+        # Two norms, the stream between attention and MLP, rotated q and k, silu and its product.
+        elementwise=3 * d + heads + kv + 2 * f,
+    )
+    return config.num_layers * layer
+
+
 def decoder_flops(config: DecoderConfig, tokens: int) -> float:
     """FLOPs that one sequence's embedding needs: the last layer for the last token only.
 
