@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TFDS data set made from rows gives the same rows, without TensorFlow."""
+"""TFDS data sets made from rows give the same rows, without TensorFlow."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -11,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from data_files import make_train, train_rows, write_image, write_parquet
+from evaluation_data import FakeEncoder, captions, labels, write_subset
 from PIL import Image
 
 from vlm2vec_jax import flags
-from vlm2vec_jax.data import prepare, tfds, verify
+from vlm2vec_jax.data import prepare, tfds, tfds_eval, tfds_records, tfds_train, verify
+from vlm2vec_jax.data.inspection import inspect
 from vlm2vec_jax.data.mixture import Mixture
 from vlm2vec_jax.data.mmeb import open_eval, open_train
 from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.evaluation import run
 from vlm2vec_jax.images import load_image
 
 
@@ -72,11 +76,15 @@ def test_what_training_asks_of_a_source(both):
     assert verify.verify_train(stored, headers=True) == []
     orders = [Mixture(s, 0).batch_indices(3, 4).tolist() for s in (stored, plain)]
     assert orders[0] == orders[1]
-    assert Mixture(stored, 0).fingerprint(4)["subsets"]["A"]["rows_in_file"] == 11
+    # A run goes on from either: also where one has no negatives as null and the other as [].
+    assert Mixture(stored, 0).fingerprint(4) == Mixture(plain, 0).fingerprint(4)
+    for source in (*stored, *plain):
+        source.target_instruction = "Say:"
+    assert stored[1][4].positive.text == plain[1][4].positive.text == "Say: B-2 target 4\n"
     good = verify.good_rows(stored)
     assert [row.index for row in good.sources[1].select(np.array([1, 3])).take([0, 1])] == [1, 3]
     assert len(open_train(records, limit=2)[0]) == 2
-    folder = records / tfds.NAME
+    folder = records / tfds_train.NAME
     assert len(open_train(folder)) == 2 and len(open_train(folder / "A" / tfds.VERSION)) == 1
     assert "array_record" in stored[0].at(0)
 
@@ -101,16 +109,109 @@ def test_a_written_subset_is_left_alone_and_other_data_refused(both, tmp_path):
         list(tfds.write(open_train(data, ["A"]), tmp_path / "records"))
 
 
-def test_bad_rows_and_evaluation_rows_are_not_written(tmp_path):
+def test_bad_rows_are_not_written(tmp_path):
     data = make_train(tmp_path / "data", {"A": 4}, images=2)
     (data / "images/A/1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="1.png: not an image"):
         list(tfds.write(open_train(data), tmp_path / "out"))
-    rows = [{"qry_text": "a", "qry_img_path": "", "tgt_text": ["b"], "tgt_img_path": [""]}]
+    rows = [{"qry_text": "a", "qry_img_path": "x.png", "tgt_text": ["b"], "tgt_img_path": [""]}]
     write_parquet(tmp_path / "eval/A", "test", rows)
-    with pytest.raises(UserError, match="only training data"):
+    with pytest.raises(UserError, match="no image file"):
         list(tfds.write(open_eval(tmp_path / "eval"), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_check_opens_images_in_examples(both, tmp_path):
+    data, records = both
+    found, plain = inspect(records), inspect(data)
+    assert not found.errors and found.images == 8
+    assert [(p.subset, p.split, p.rows) for p in found.parts] == [
+        (p.subset, p.split, p.rows) for p in sorted(plain.parts, key=lambda p: p.subset)
+    ]
+    image = {line["path"]: line["sha256"] for line in plain.files}["images/A/3.png"]
+    assert {line["path"]: line["sha256"] for line in found.files}["images/A/3.png"] == image
+    torn = make_train(tmp_path / "torn", {"A": 4}, images=2)
+    write_image(torn / "images/A/1.png", (60, 60))
+    whole = (torn / "images/A/1.png").read_bytes()
+    (torn / "images/A/1.png").write_bytes(whole[:-30])  # its header is good
+    list(tfds.write(open_train(torn), tmp_path / "out"))
+    (error,) = inspect(tmp_path / "out").errors
+    assert "example" in str(error) or "row 1" in str(error)
+    assert "1.png" in error.message and "truncated" in error.message
+    with pytest.raises(UserError, match="a TFDS data set already"):
+        list(tfds.write(open_train(records), tmp_path / "again"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Two evaluation subsets, one of them under two names, and as TFDS beside training pairs."""
+    root = tmp_path_factory.mktemp("tfds_eval")
+    write_subset(root / "data", "ImageNet-1K", labels())
+    write_subset(root / "data", "MSCOCO_t2i", captions())
+    make_train(root / "train", {"MSCOCO_t2i": 3})
+    for name in ("data", "train"):
+        argv = ["prepare", "--data", str(root / name), "--tfds", str(root / "records")]
+        assert flags.call(prepare.main, prepare.define, argv) == 0
+    return root
+
+
+def test_evaluation_rows_are_the_same(evaluated):
+    plain, stored = open_eval(evaluated / "data"), open_eval(evaluated / "records")
+    assert [s.subset for s in stored] == ["ImageNet-1K", "MSCOCO_t2i"]
+    for a, b in zip(stored, plain, strict=True):
+        assert list(a) == list(b)
+        for row in a:
+            for key in (row.query_key, *row.target_keys):
+                files = [open(i, "rb").read() for s in (a, b) for i in s.input(key).images]
+                assert files == files[: len(files) // 2] * 2
+        assert a.unique_keys().targets == b.unique_keys().targets
+    assert len(open_train(evaluated / "records")) == 1  # the pairs of the same folder
+    assert verify.verify_eval(stored, headers=True) == []
+    found = inspect(evaluated / "records")
+    assert not found.errors and found.images == 6 + 7 and len(found.parts) == 3
+    # Brought out once, and not at all where somebody says where the images are.
+    files = [p for p in stored[0].image_root.rglob("*") if p.is_file()]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    open_eval(evaluated / "records")
+    assert len(files) == 6 and {p: p.stat().st_mtime_ns for p in files} == before
+    (there,) = open_eval(evaluated / "records", ["MSCOCO_t2i"], image_root=evaluated / "data")
+    assert there.image_root == evaluated / "data"
+
+
+def test_an_evaluation_goes_on_from_one_to_the_other(evaluated, tmp_path):
+    first = run.evaluate(FakeEncoder(), evaluated / "data", output=tmp_path / "out")
+    encoder = FakeEncoder()
+    assert run.evaluate(encoder, evaluated / "records", output=tmp_path / "out") == first
+    assert not encoder.seen
+    fresh = run.evaluate(FakeEncoder(), evaluated / "records", output=tmp_path / "fresh")
+    assert fresh == first
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "said"),
+    [
+        ("../../away.png", 1, "leaves the image root"),
+        ("{}/away.png", 1, "absolute image path"),
+        ("a.png", 0, "not one image"),
+        ("", 1, "''"),
+    ],
+)
+def test_images_of_a_hostile_set_stay_in_their_folder(tmp_path, path, files, said):
+    def example(**more):
+        none = {"query": {"text": "q", "paths": ""}, "targets": {"texts": ["t"], "paths": [""]}}
+        return iter([{**none, "image": {"path": "", "images": []}, **more}])
+
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    image.seek(0)
+    hostile = {"path": path.format(tmp_path), "images": [image] * files}
+    splits = {"test": example, "test_images": lambda: example(image=hostile)}
+    tfds_records.write(tfds_eval.FORM, "Evil", splits, {}, tmp_path / "records")
+    with pytest.raises(UserError, match=said):
+        open_eval(tmp_path / "records")
+    assert not list(tmp_path.rglob("away.png")) and not list(tmp_path.rglob("*.images"))
+    with pytest.raises(UserError, match="has: Evil"):
+        open_eval(tmp_path / "records", ["VOC2007"])
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def answer(self, path, body):
         if path == "/v2/embed":
-            assert body["input_type"] == "search_document"
+            last = [i["content"][-1]["text"] for i in body["inputs"]]
+            queries = {"classification" in text or "Find me" in text for text in last}
+            assert queries == {body["input_type"] == "search_query"}
             return {"embeddings": {"float": [self.vector(i["content"]) for i in body["inputs"]]}}
         inputs = body.get("input")
         if inputs is None:

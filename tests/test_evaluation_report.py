@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML report: complete, offline, harmless, and there with parts missing."""
+"""The HTML report and its pages: complete, offline, harmless, and there with parts missing."""
 
 import html.parser
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 from vlm2vec_jax import flags
 from vlm2vec_jax.data.mmeb import open_eval
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.evaluation import compare, examples, mmeb, report, run, tables
+from vlm2vec_jax.evaluation import compare, examples, mmeb, pages, report, run, tables
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 
@@ -73,15 +73,41 @@ def write(made, **options):
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_is_whole_and_offline(made):
+def pages_of(made) -> dict[str, str]:
+    """The pages of the datasets, by file."""
+    folder = pages.folder_of(made / "report.html")
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())}
+
+
+def test_every_page_is_whole_and_offline(made):
     page = write(
         made, trained=made / "b", untrained=made / "a", train=made / "train", data=made / "data"
     )
-    seen = Tags(page)
-    assert seen.open == []
-    text = " ".join(seen.words)
+    text = " ".join(Tags(page).words)
     for words in ("untrained", "trained", "gain", "ImageNet-1K", "MSCOCO_t2i", "IND", "Training"):
         assert words in text
+    single = pages_of(made)
+    assert list(single) == ["ImageNet-1K.html", "MSCOCO_t2i.html", pages.name_of("My Shop <b>")]
+    check_page(page, made)
+    led_to = [a["href"] for tag, a in Tags(page).tags if tag == "a"]
+    assert sorted(led_to) == sorted(f"report_pages/{name}" for name in single)
+    pictures = 0
+    for name, one in single.items():
+        check_page(one, made / "report_pages")
+        leads = [a["href"] for tag, a in Tags(one).tags if tag == "a"]
+        assert leads.count("../report.html") == 2 and name not in leads
+        text = " ".join(Tags(one).words)
+        assert "untrained: rank" in text and "hit@10" in text and "wrong ones first" in text
+        pictures += sum(tag == "img" for tag, _ in Tags(one).tags)
+    assert pictures > 10
+    # In the order of the table each leads to the next.
+    assert "MSCOCO_t2i.html" in single["ImageNet-1K.html"]
+    assert "ImageNet-1K.html" in single["MSCOCO_t2i.html"]
+
+
+def check_page(page, folder):
+    seen = Tags(page)
+    assert seen.open == []
     for tag, attributes in seen.tags:
         assert tag not in ("script", "iframe", "link", "object", "embed", "form")
         assert not [name for name in attributes if name.startswith("on")]
@@ -90,22 +116,23 @@ def test_the_page_is_whole_and_offline(made):
                 ("data:image/png", "data:image/jpeg", "data:image/svg")
             )
         if tag == "a":
-            anchor = attributes["href"]
-            assert anchor.startswith("#") and any(a.get("id") == anchor[1:] for _, a in seen.tags)
+            assert (folder / attributes["href"]).is_file()
     assert not re.search(r"(src|href)=[\"']?(http|//|file)", page)
-    assert sum(tag == "img" for tag, _ in seen.tags) > 10
 
 
 def test_text_of_the_data_is_shown_and_never_run(made):
     page = write(made, trained=made / "b", data=made / "data")
-    assert "<script" not in page and 'onerror="' not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "My Shop &lt;b&gt;" in page
+    shop = pages_of(made)[pages.name_of("My Shop <b>")]
+    for one in (page, shop):
+        assert "<script" not in one and 'onerror="' not in one
+        assert "My Shop &lt;b&gt;" in one
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shop
 
 
 def test_right_and_wrong_are_marked_in_words(made):
     folder = made / "b"
-    page = write(made, trained=folder, data=made / "data", count=100)
+    write(made, trained=folder, data=made / "data", count=100)
+    page = "".join(pages_of(made).values())
     rows = [
         json.loads(line)
         for path in folder.glob("*_pred.jsonl")
@@ -123,17 +150,31 @@ def test_each_part_may_be_missing(made, tmp_path):
     page = write(made, untrained=made / "a")
     assert "Training" not in page and "gain" not in page
     # Without the data there are the names of the pictures in place of the pictures.
-    assert "img/ImageNet-1K_0.png" in page
+    assert "img/ImageNet-1K_0.png" in pages_of(made)["ImageNet-1K.html"]
     (tmp_path / "empty").mkdir()
     page = write(made, trained=made / "b", train=tmp_path / "empty", data=tmp_path)
     assert "There are no metrics of the training" in page
-    assert "no picture:" in page
+    assert "no picture:" in pages_of(made)["ImageNet-1K.html"]
 
 
-def test_it_works_without_predictions(made, tmp_path):
-    (tmp_path / "scores.json").write_text((made / "b" / "scores.json").read_text())
-    page = write(made, trained=tmp_path, data=made / "data")
-    assert "There are no predictions of this subset" in page
+def test_it_works_without_predictions_and_old_pages_go(made, tmp_path):
+    scores = json.loads((made / "b" / "scores.json").read_text())
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    write(made, trained=tmp_path, data=made / "data")
+    assert all("There are no predictions of this subset" in p for p in pages_of(made).values())
+    del scores["subsets"]["MSCOCO_t2i"]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    (made / "report_pages" / "mine.html").write_text("my own notes")
+    write(made, trained=tmp_path, data=made / "data")
+    assert {"MSCOCO_t2i.html", "mine.html"} & set(pages_of(made)) == {"mine.html"}
+    (made / "report_pages" / "mine.html").unlink()
+
+
+@pytest.mark.parametrize("names", [("a b", "a-b", "a<b"), ("..", "."), ("x" * 300, "x" * 299)])
+def test_names_of_pages_are_plain_and_never_meet(names):
+    files = [pages.name_of(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.html", f) and len(f) < 320 for f in files)
 
 
 def test_what_cannot_be_a_report_is_told(made, tmp_path):
@@ -201,6 +242,9 @@ def test_all_36_stand_beside_published_models(tmp_path):
         assert words in text
     assert '<td class="n down">74.5 (-4.5)</td>' in page
     assert '<td class="n up">62.9 (+7.1)</td>' in page
+    single = (tmp_path / "r_pages" / "ImageNet-1K.html").read_text(encoding="utf-8")
+    assert len(list((tmp_path / "r_pages").iterdir())) == 36
+    assert "VLM2Vec LLaVA-1.6, 1344 px 74.5 (-4.5)" in single
     table = (tmp_path / "r.md").read_text(encoding="utf-8")
     assert "74.5 (-4.5)" in table and "## Beside published models" in table
     report.write_report(tmp_path / "r.html", trained=tmp_path, models=["CLIP"])
@@ -238,13 +282,25 @@ BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the path")
-def test_a_browser_draws_the_page(made, tmp_path):
+def test_a_browser_draws_the_pages(made, tmp_path):
     """Opened from disk without a network: tables, pictures and charts are there, in colour."""
     path = tmp_path / "report.html"
     report.write_report(
         path, trained=made / "b", untrained=made / "a", train=made / "train", data=made / "data"
     )
-    shot = tmp_path / "shot.png"
+    pixels = photographed(path, tmp_path)
+    written = (pixels.sum(axis=2) < 3 * 200).any(axis=1)
+    assert written[:1000].sum() > 300 and written[1000:].any()  # far down the page, too
+    blue = (abs(pixels - (0x0B, 0x69, 0xA3)).sum(axis=2) < 12).sum()
+    assert blue > 2000  # the bars of the trained model
+    pixels = photographed(tmp_path / "report_pages" / "ImageNet-1K.html", tmp_path)
+    noise = pixels.std(axis=2) > 40
+    assert noise.sum() > 3000  # the pictures, random colours
+
+
+def photographed(path, tmp_path) -> np.ndarray:
+    """What a browser shows of a page, int [3000, 1100, 3]."""
+    shot = tmp_path / f"{path.stem}.png"
     argv = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -258,9 +314,4 @@ def test_a_browser_draws_the_page(made, tmp_path):
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     assert pixels.shape == (3000, 1100, 3)
-    written = (pixels.sum(axis=2) < 3 * 200).any(axis=1)
-    assert written[:1000].sum() > 300 and written[1500:].any()  # far down the page, too
-    blue = (abs(pixels - (0x0B, 0x69, 0xA3)).sum(axis=2) < 12).sum()
-    assert blue > 2000  # the bars of the trained model
-    noise = pixels.std(axis=2) > 40
-    assert noise.sum() > 3000  # the pictures, random colours
+    return pixels

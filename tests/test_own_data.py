@@ -32,16 +32,16 @@ def losses(output):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def run(repository, tmp_path, data, name) -> list[float]:
+def run(repository, tmp_path, data, name, *more) -> list[float]:
     output = tmp_path / name
     fields = {
         "model.path": mini_model(tmp_path), "data.path": data, "output": output, "steps": 4,
-        "mesh.data": 1, "data.max_len": 128,
+        "mesh.data": 1, "data.max_len": 128, "packing.row_tokens": 1024,
     }  # fmt: skip
     argv = ["train", "--config", f"{repository / 'configs/own_data.py'}:mini"]
     argv += [f"--config.{field}={value}" for field, value in fields.items()]
     with quick_compiler():
-        assert flags.call(train.main, train.define, argv) == 0
+        assert flags.call(train.main, train.define, [*argv, *more]) == 0
     return losses(output)
 
 

@@ -65,6 +65,7 @@ def define(values: flags.FlagValues) -> None:
         ("precisions", "score vectors of these precisions, too: int8,binary"),
     ):
         flags.DEFINE_list(name, None, words, flag_values=values)
+    text("target_instruction", f"{command.TARGET_INSTRUCTION}; by default as the model was trained")
     text("shard", "K/N, K from 0: embed only this part; join the folders by evaluation.merge")
     define_processes(values)
 
@@ -95,6 +96,7 @@ def main(args: Any) -> None:
         image_root=args.image_root,
         follow_symlinks=args.follow_symlinks,
         settings=settings,
+        target_instruction=args.target_instruction,
         encode_options=options,
         say=say,
         hosts=hosts,

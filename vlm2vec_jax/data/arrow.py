@@ -25,10 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlm2vec_jax.data import embedded
+from vlm2vec_jax.data.embedded import CACHE_FOLDER, Keep
 from vlm2vec_jax.errors import UserError, raise_problems
-
-CACHE_FOLDER = ".arrow_cache"
-"""Where converted files go inside a data folder that can be written."""
 
 FORMAT_VERSION = 1
 """Part of the cache key: raised whenever the converted files change."""
@@ -36,6 +35,9 @@ FORMAT_VERSION = 1
 # Small batches keep a list column (a thousand candidates a row) far below the 2 GiB that the
 # 32-bit offsets of Arrow's plain strings can address.
 BATCH_ROWS = 4096
+
+IMAGES = ("image_path", "img_path")
+"""How the names of columns end that hold images."""
 
 STRING = pa.string()
 STRINGS = pa.list_(pa.string())
@@ -169,13 +171,13 @@ class Reader(Protocol):
         """Rows of a file."""
         ...
 
-    def batches(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """The rows of a file in order, at most `BATCH_ROWS` at a time."""
+    def batches(self, file: Path, schema: pa.Schema, keep: Keep) -> Iterator[pa.RecordBatch]:
+        """The rows of a file in order, at most `BATCH_ROWS` at a time; images by `keep`."""
         ...
 
 
 class ParquetColumns:
-    """Reads columns of text from parquet files as they are."""
+    """Reads columns of text from parquet files as they are, and columns of images (`embedded`)."""
 
     def __init__(self, columns: Sequence[str]):
         """Keep these columns; those that the files lack are left out."""
@@ -194,13 +196,13 @@ class ParquetColumns:
         """Rows by the file's footer."""
         return _num_rows(file)
 
-    def batches(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def batches(self, file: Path, schema: pa.Schema, keep: Keep) -> Iterator[pa.RecordBatch]:
         """The rows, absent columns as nulls.
 
         Raises:
           UserError: for damage anywhere in the file.
         """
-        return _read_batches(file, schema)
+        return _read_batches(file, schema, keep)
 
 
 def open_parquet_set(
@@ -300,11 +302,12 @@ def _convert(files: Sequence[Path], reader: Reader, target: Path) -> None:
     rows = [(str(file), reader.count(file)) for file in files]
     schema = pa.schema(list(types.items()), metadata={"shards": json.dumps(rows)})
     target.parent.mkdir(parents=True, exist_ok=True)
+    keep = embedded.Store(target.parents[1]).keep
     handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for file in files:
-                for batch in reader.batches(file, schema):
+                for batch in reader.batches(file, schema, keep):
                     writer.write_batch(batch)
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared cache from other users
         os.replace(temporary, target)
@@ -323,6 +326,8 @@ def _stored_types(files: Sequence[Path], columns: Sequence[str]) -> dict[str, pa
             if name not in schema.names:
                 continue
             kind = canonical_type(schema.field(name).type)
+            if kind is None and name.endswith(IMAGES):
+                kind = embedded.image_type(schema.field(name).type)
             if kind is None:
                 problems.append(f"{file}: column {name} is {schema.field(name).type}, not text")
                 continue
@@ -343,14 +348,19 @@ def _num_rows(file: Path) -> int:
         raise UserError(f"{file}: not a readable parquet file ({_first_line(error)})") from None
 
 
-def _read_batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _read_batches(file: Path, schema: pa.Schema, keep: Keep) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(file) as parquet:
-            there = [name for name in schema.names if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=there):
+            stored = parquet.schema_arrow
+            there = [name for name in schema.names if name in stored.names]
+            images = {name for name in there if embedded.image_type(stored.field(name).type)}
+            size = embedded.ROWS if images else BATCH_ROWS
+            for batch in parquet.iter_batches(batch_size=size, columns=there):
                 arrays = []
                 for field in schema:
-                    if field.name in there:
+                    if field.name in images:
+                        array = embedded.paths_of(batch.column(field.name), keep)
+                    elif field.name in there:
                         array = batch.column(field.name).cast(field.type)
                     else:
                         array = pa.nulls(len(batch), field.type)

@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlm2vec_jax.data import manifest
+from vlm2vec_jax.data.embedded import place
 from vlm2vec_jax.data.folders import EVAL_COLUMNS, NEGATIVE_COLUMNS, TRAIN_COLUMNS
 from vlm2vec_jax.data.mmeb import list_lengths
 from vlm2vec_jax.data.paths import SEPARATOR, leaves_by_link, unsafe_path
@@ -49,11 +51,23 @@ class Finding(NamedTuple):
 class ImageFolder:
     """Which image paths are good, remembered; each folder is listed once."""
 
-    def __init__(self, root: str | os.PathLike, *, follow_symlinks: bool = False):
-        """Nothing is read before the first question."""
-        self.root = Path(root)
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        follow_symlinks: bool = False,
+        kept: str | os.PathLike | None = None,
+    ):
+        """Nothing is read before the first question.
+
+        Args:
+          root: image root.
+          follow_symlinks: allow links that lead out of it.
+          kept: where images are that lay in the table (`embedded.py`).
+        """
+        self.root, self.kept = Path(root), kept
         self.follow_symlinks = follow_symlinks
-        self._folders: dict[str, tuple[dict[str, bool], str | None]] = {}
+        self._folders: dict[Path, tuple[dict[str, bool], str | None]] = {}
         self._known: dict[str, tuple[str, str] | None] = {}
 
     def fault(self, path: str) -> tuple[str, str] | None:
@@ -66,31 +80,41 @@ class ImageFolder:
                 return next(filter(None, map(self.fault, parts)), None)
         return self._known[path]
 
+    def place(self, path: str) -> tuple[Path, str]:
+        """The folder that an image path is relative to, and the path below it."""
+        return place(path, self.root, self.kept)
+
+    def words(self, path: str) -> str:
+        """An image in messages: the name of its file."""
+        root, below = self.place(path)
+        return str(root / below)
+
     def _check(self, path: str) -> tuple[str, str] | None:
-        reason = unsafe_path(path)
+        root, below = self.place(path)
+        reason = unsafe_path(below)
         if reason:
             return UNSAFE, f"{path!r}: {reason}"
-        folder, name = os.path.split(os.path.normpath(path))
-        if folder not in self._folders:
-            self._folders[folder] = self._list(folder)
-        files, outside = self._folders[folder]
+        folder, name = os.path.split(os.path.normpath(below))
+        if root / folder not in self._folders:
+            self._folders[root / folder] = self._list(root, folder)
+        files, outside = self._folders[root / folder]
         if outside:
             return UNSAFE, f"{path!r}: {outside}"
         if name not in files:
-            return MISSING, f"no image file {self.root / path}"
+            return MISSING, f"no image file {self.words(path)}"
         if files[name] and not self.follow_symlinks:
-            reason = leaves_by_link(self.root, path)
+            reason = leaves_by_link(root, below)
             if reason:
                 return UNSAFE, f"{path!r}: {reason}"
         return None
 
-    def _list(self, folder: str) -> tuple[dict[str, bool], str | None]:
+    def _list(self, root: Path, folder: str) -> tuple[dict[str, bool], str | None]:
         """Files of a folder with whether each is a link, and why the folder may not be read."""
-        outside = None if self.follow_symlinks else leaves_by_link(self.root, folder)
+        outside = None if self.follow_symlinks else leaves_by_link(root, folder)
         if outside:
             return {}, outside
         try:
-            with os.scandir(self.root / folder) as entries:
+            with os.scandir(root / folder) as entries:
                 return {e.name: e.is_symlink() for e in entries if e.is_file()}, None
         except OSError:
             return {}, None
@@ -107,9 +131,22 @@ class ImageFolder:
                 if reason:
                     self.mark(path, UNREADABLE, reason)
 
+    def examine(
+        self, paths: Sequence[str], *, decode: bool, workers: int
+    ) -> Iterator[manifest.ImageFacts]:
+        """Open files that are there (`manifest.examine_all`), those of each folder in order."""
+        parts: dict[Path, dict[str, str]] = {}
+        for path in paths:
+            root, below = self.place(path)
+            parts.setdefault(root, {})[below] = path
+        for root, named in parts.items():
+            for facts in manifest.examine_all(root, list(named), decode=decode, workers=workers):
+                yield facts._replace(path=named[facts.path])
+
     def _header(self, path: str) -> str | None:
         try:
-            image_size(self.root / path)
+            root, below = self.place(path)
+            image_size(root / below)
         except UserError as error:
             return str(error)
         return None

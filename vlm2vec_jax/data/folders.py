@@ -34,7 +34,7 @@ _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.parque
 
 
 def list_subsets(data: str | os.PathLike, split: str) -> list[str]:
-    """Names of the folders below `data` that hold a parquet set of this split, sorted.
+    """Names of the subsets of `data` that have this split, sorted.
 
     Raises:
       UserError: if `data` is not a folder.
@@ -45,7 +45,10 @@ def list_subsets(data: str | os.PathLike, split: str) -> list[str]:
         return list(own)
     if not root.is_dir():
         raise UserError(f"{root}: no such data folder")
-    return [folder.name for folder in _folders(root) if split in list_splits(folder)]
+    names = [folder.name for folder in _folders(root) if split in list_splits(folder)]
+    if not names and is_tfds(root):
+        return [n for n, folder in tfds_folders(root).items() if split in tfds_splits(folder)]
+    return names
 
 
 def _folders(root: Path) -> list[Path]:
@@ -96,12 +99,22 @@ def is_tfds(data: str | os.PathLike) -> bool:
     return not any(list_splits(folder) for folder in _folders(root)) and bool(tfds_folders(root))
 
 
-def tfds_folders(data: str | os.PathLike) -> dict[str, Path]:
+def tfds_splits(folder: Path) -> list[str]:
+    """The splits of one version of one config; none if its record cannot be read."""
+    try:
+        info = json.loads((folder / "dataset_info.json").read_text())
+        return [split["name"] for split in info["splits"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def tfds_folders(data: str | os.PathLike, holds: str = "") -> dict[str, Path]:
     """Subsets of a TFDS data set with their folders, by the name of the builder's config.
 
     Args:
       data: a TFDS `data_dir`, or a folder below it down to one version of one config. Of several
         versions the newest counts.
+      holds: only those whose examples have this feature.
     """
     root, found = Path(data), {}
     for depth in range(4):
@@ -113,11 +126,21 @@ def tfds_folders(data: str | os.PathLike) -> dict[str, Path]:
                 version = tuple(int(n) for n in info["version"].split("."))
             except (OSError, ValueError, KeyError, AttributeError):
                 continue
+            if holds and holds not in _features(file, holds):
+                continue
             if name not in found or version > found[name][0]:
                 found[name] = (version, folder)
         if found:
             break
     return {name: folder for name, (_, folder) in sorted(found.items())}
+
+
+def _features(file: Path, unknown: str) -> set[str]:
+    """Features by a `features.json`; one that cannot be read is told when it is opened."""
+    try:
+        return set(json.loads(file.read_text())["featuresDict"]["features"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {unknown}
 
 
 def _shards_of(folder: Path, split: str, files: list[Path]) -> list[Path]:

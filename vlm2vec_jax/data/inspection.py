@@ -178,12 +178,12 @@ def _look_at_images(
         found.images += len(there)
         if not images:
             continue
-        for facts in manifest.examine_all(folder.root, there, decode=decode, workers=workers):
+        for facts in folder.examine(there, decode=decode, workers=workers):
             wrong = None if facts.problem else sizes.fault(facts.width, facts.height)
             if facts.problem:
                 folder.mark(facts.path, UNREADABLE, facts.problem)
             elif wrong:
-                folder.mark(facts.path, WRONG_SIZE, f"{folder.root / facts.path}: {wrong}")
+                folder.mark(facts.path, WRONG_SIZE, f"{folder.words(facts.path)}: {wrong}")
             if facts.bytes >= 0:
                 found.files.append(facts.line())
 

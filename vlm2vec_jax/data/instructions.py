@@ -25,6 +25,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from vlm2vec_jax.data.arrow import STRING, ParquetColumns
+from vlm2vec_jax.data.embedded import Keep
 from vlm2vec_jax.data.folders import EVAL_COLUMNS, INSTRUCTION_COLUMNS
 from vlm2vec_jax.evaluation import mmeb as benchmark
 
@@ -98,10 +99,10 @@ class InstructionColumns(ParquetColumns):
         stored = super().schema(files)
         return {name: kind for name, kind in stored.items() if name in EVAL_COLUMNS}
 
-    def batches(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def batches(self, file: Path, schema: pa.Schema, keep: Keep) -> Iterator[pa.RecordBatch]:
         """The rows, joined."""
         raw = pa.schema([*schema, *(pa.field(name, STRING) for name in INSTRUCTION_COLUMNS)])
-        for batch in super().batches(file, raw):
+        for batch in super().batches(file, raw, keep):
             rows = [self._join(row) for row in batch.to_pylist()]
             yield pa.RecordBatch.from_pylist(rows, schema=schema)
 

@@ -25,6 +25,7 @@ from vlm2vec_jax.data.folders import (
     EVAL_COLUMNS,
     INSTRUCTION_COLUMNS,
     NEGATIVE_COLUMNS,
+    OWN_SPLIT,
     TRAIN_COLUMNS,
     checked_subsets,
     is_tfds,
@@ -105,6 +106,7 @@ class TrainSource(Source):
     Attributes:
       rows: int64, increasing; the rows of the file in use (`[i]` reads row `rows[i]`).
       table: the memory-mapped columns.
+      split: its name; `folders.OWN_SPLIT` of own pairs.
     """
 
     columns = TRAIN_COLUMNS
@@ -139,6 +141,8 @@ class TrainSource(Source):
           UserError: anything missing, damaged or of an unexpected type, by name.
         """
         super().__init__(data, subset, split, image_root, limit, cache_dir, follow_symlinks)
+        if self.own:
+            self.split = OWN_SPLIT
         self._check_types(TRAIN_COLUMNS, ())
 
     def __getitem__(self, i: int) -> TrainRow:
@@ -210,8 +214,9 @@ class EvalSource(Source):
         self._check_types(EVAL_COLUMNS[:2], EVAL_COLUMNS[2:])
 
     def _reader(self, files: Sequence[Path]) -> Reader:
-        own = (self.data / self.subset).is_dir()
-        if own and any(set(INSTRUCTION_COLUMNS) & set(read_schema(f).names) for f in files):
+        if not self.own and any(
+            set(INSTRUCTION_COLUMNS) & set(read_schema(f).names) for f in files
+        ):
             return InstructionColumns(self.subset)
         return super()._reader(files)
 
@@ -346,10 +351,18 @@ def open_eval(
 ) -> list[EvalSource]:
     """Open several subsets of MMEB-eval (all that have the split if none are named).
 
+    `data` may also be own pairs, a TFDS data set, or a hub id, as for `open_train`.
+
     Raises:
       UserError: one message with everything wrong with any of them.
     """
     data = local_data(data)
+    if is_tfds(data):
+        from vlm2vec_jax.data import tfds
+
+        return tfds.open_tfds_eval(
+            data, subsets, split, image_root=image_root, limit=limit, cache_dir=cache_dir
+        )
     names = checked_subsets(data, subsets, split, EVAL_COLUMNS)
     opened = _Opened([], [])
     for name in names:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec_jax.data.arrow import read_schema
-from vlm2vec_jax.data.folders import EVAL_COLUMNS, OWN_SPLIT, TRAIN_COLUMNS, list_splits, pair_files
+from vlm2vec_jax.data.folders import (
+    EVAL_COLUMNS,
+    OWN_SPLIT,
+    TRAIN_COLUMNS,
+    is_tfds,
+    list_splits,
+    pair_files,
+    tfds_folders,
+    tfds_splits,
+)
 from vlm2vec_jax.data.mmeb import EvalSource, TrainSource
 from vlm2vec_jax.errors import UserError, raise_problems
 
@@ -70,10 +79,10 @@ def try_all(
     found = _parts(data, subsets, splits)
     for subset, split, kind in found:
         try:
-            if kind is EvalSource:
-                opened.append(EvalSource(data, subset, image_root, split=split, **options))
+            if issubclass(kind, EvalSource):
+                opened.append(kind(data, subset, image_root, split=split, **options))
             else:
-                opened.append(TrainSource(data, subset, split, image_root, **options))
+                opened.append(kind(data, subset, split, image_root, **options))
         except UserError as error:
             problems.append(str(error))
     return opened, problems
@@ -87,6 +96,8 @@ def _parts(
     if not own and not data.is_dir():
         raise UserError(f"{data}: no such data folder or file")
     found: list[tuple[str, str, type[AnySource]]] = [(name, OWN_SPLIT, TrainSource) for name in own]
+    if is_tfds(data):
+        found += [part for part in _tfds_parts(data) if not splits or part[1] in splits]
     folders = [] if own else [p for p in sorted(data.iterdir()) if p.is_dir() and p.name[0] != "."]
     for folder in folders:
         for split, files in list_splits(folder).items():
@@ -102,6 +113,20 @@ def _parts(
             f"{data}: no data in it (<Subset>/<split>-*.parquet, or files of own pairs)"
         )
     return [part for part in found if not subsets or part[0] in subsets]
+
+
+def _tfds_parts(data: Path) -> list[tuple[str, str, type[AnySource]]]:
+    from vlm2vec_jax.data import tfds, tfds_eval, tfds_train  # load TFDS, which few need
+
+    return [
+        (name, split, kind)
+        for form, kind in (
+            (tfds_train.FORM, tfds.TfdsSource), (tfds_eval.FORM, tfds.TfdsEvalSource)
+        )
+        for name, folder in tfds_folders(data, form.holds[0]).items()
+        for split in tfds_splits(folder)
+        if not (kind is tfds.TfdsEvalSource and split.endswith(tfds_eval.IMAGES))
+    ]  # fmt: skip
 
 
 def _kind(files: Sequence[Path]) -> type[AnySource]:

@@ -9,7 +9,8 @@ A row has a `query`, a `positive`, and any number of `negatives`; each is a text
 or flat columns (the only way in csv): `query`, `query_image` (one path) or `query_images` (a list;
 in csv a JSON list), the same for `positive`, and `negatives` (a list of texts or objects; JSON in
 csv) or `negative`, `negative_image`, `negative_1`, `negative_1_image`, ... For evaluation
-`candidates` may list the targets to choose from; without it they are positive and negatives.
+`candidates` may list the targets to choose from; without it they are positive and negatives. In
+parquet files an image may also lie in the table itself (`embedded.py`).
 
 A text with images but without markers gets `<|image_1|> ... <|image_n|>` in front.
 """
@@ -28,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm2vec_jax.data.arrow import BATCH_ROWS, STRING, STRINGS, read_schema
+from vlm2vec_jax.data.embedded import ROWS, Keep, holds_bytes, path_of, unkept
 from vlm2vec_jax.data.folders import EVAL_COLUMNS, NEGATIVE_COLUMNS, TRAIN_COLUMNS
 from vlm2vec_jax.data.paths import SEPARATOR
 from vlm2vec_jax.errors import UserError, raise_problems
@@ -46,12 +48,14 @@ _TYPOS = 0.8
 """How similar an unknown column's name must be to a known one to be taken for a slip."""
 
 
-def read_side(value: Any, images: Any = None) -> Side:
+def read_side(value: Any, images: Any = None, keep: Keep = unkept) -> Side:
     """One side of a pair.
 
     Args:
-      value: a text, None, or an object with `text` and/or `images` (or `image`).
-      images: further image paths beside it: one, a list, or None.
+      value: a text, None, an object with `text` and/or `images` (or `image`), or an image alone as
+        it lies in a table (`embedded.path_of`).
+      images: further images beside it: one, a list, or None.
+      keep: puts the bytes of an image away.
 
     Raises:
       UserError: for anything else, in words.
@@ -59,6 +63,12 @@ def read_side(value: Any, images: Any = None) -> Side:
     if isinstance(value, Mapping):
         # A struct of a parquet file has all its fields in every row, absent ones as None.
         value = {k: v for k, v in value.items() if v is not None}
+        if value and value.keys() <= {"bytes", "path"}:
+            value = {"images": value}
+        value = {k: _paths(v, keep) if k in ("image", "images") else v for k, v in value.items()}
+    elif isinstance(value, bytes):
+        value = {"images": _paths(value, keep)}
+    images = _paths(images, keep)
     item = MultimodalInput.of("" if value is None else value)
     # `MultimodalInput` puts markers into an empty text; what was written counts here.
     written = value.get("text", "") if isinstance(value, Mapping) else value or ""
@@ -82,50 +92,66 @@ def read_side(value: Any, images: Any = None) -> Side:
     return written, SEPARATOR.join(paths)
 
 
-def read_row(row: Mapping[str, Any]) -> tuple[Side, Side, list[Side], list[Side] | None]:
+def _paths(images: Any, keep: Keep) -> Any:
+    """Paths in place of images that lie in a table; anything else as it is."""
+    if isinstance(images, (bytes, Mapping)):
+        images = [images]
+    if not isinstance(images, Sequence) or isinstance(images, str):
+        return images
+    found = [path_of(i, keep) if isinstance(i, (bytes, Mapping)) else i for i in images]
+    return [one for one, i in zip(found, images, strict=True) if one or not isinstance(i, Mapping)]
+
+
+def read_row(
+    row: Mapping[str, Any], keep: Keep = unkept
+) -> tuple[Side, Side, list[Side], list[Side] | None]:
     """Query, positive, negatives, and candidates (None if not given) of a row.
+
+    Args:
+      row: its columns.
+      keep: puts the bytes of an image away and gives its path.
 
     Raises:
       UserError: for what is missing or of a wrong type; the message names the field.
     """
-    query, positive = _field(row, "query"), _field(row, "positive")
+    query, positive = _field(row, "query", keep), _field(row, "positive", keep)
     for name, side in (("query", query), ("positive", positive)):
         if not any(side):
             raise UserError(f"{name}: neither text nor image")
-    negatives = _list(row, "negatives") or []
+    negatives = _list(row, "negatives", keep) or []
     numbered = sorted(
         {m.group() for name in row if (m := _NEGATIVE.match(name)) and _KNOWN.fullmatch(name)}
         - {"negatives"},
         key=lambda name: int(name.partition("_")[2] or 0),
     )
-    negatives += [side for name in numbered if any(side := _field(row, name))]
-    candidates = _list(row, "candidates")
+    negatives += [side for name in numbered if any(side := _field(row, name, keep))]
+    candidates = _list(row, "candidates", keep)
     return query, positive, negatives, candidates
 
 
-def _field(row: Mapping[str, Any], name: str) -> Side:
+def _field(row: Mapping[str, Any], name: str, keep: Keep) -> Side:
     try:
         images = row.get(f"{name}_images")
         one = row.get(f"{name}_image")
         if images and one:
             raise UserError(f"both {name}_image and {name}_images; give one of them")
-        return read_side(row.get(name), images or one)
+        return read_side(row.get(name), images or one, keep)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 
 
-def _list(row: Mapping[str, Any], name: str) -> list[Side] | None:
+def _list(row: Mapping[str, Any], name: str, keep: Keep) -> list[Side] | None:
     values = row.get(name)
     if values is None or values == "":
         return None
-    if isinstance(values, (str, Mapping)):  # one alone
+    if isinstance(values, (str, bytes, Mapping)):  # one alone
         values = [values]
     if not isinstance(values, Sequence):
         raise UserError(f"{name}: must be a list, not {type(values).__name__}")
     sides = []
     for k, value in enumerate(values):
         try:
-            sides.append(read_side(value))
+            sides.append(read_side(value, keep=keep))
             if not any(sides[-1]):
                 raise UserError("neither text nor image")
         except UserError as error:
@@ -133,20 +159,20 @@ def _list(row: Mapping[str, Any], name: str) -> list[Side] | None:
     return sides
 
 
-def train_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+def train_columns(row: Mapping[str, Any], keep: Keep = unkept) -> dict[str, Any]:
     """A row as MMEB-train's columns."""
-    query, positive, negatives, _ = read_row(row)
+    query, positive, negatives, _ = read_row(row, keep)
     values = (*query, *positive, [text for text, _ in negatives], [path for _, path in negatives])
     return dict(zip((*TRAIN_COLUMNS, *NEGATIVE_COLUMNS), values, strict=True))
 
 
-def eval_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+def eval_columns(row: Mapping[str, Any], keep: Keep = unkept) -> dict[str, Any]:
     """A row as MMEB-eval's columns: the positive first, then the other candidates.
 
     Raises:
       UserError: if there are `candidates` and the positive is not among them.
     """
-    query, positive, negatives, candidates = read_row(row)
+    query, positive, negatives, candidates = read_row(row, keep)
     others = negatives
     if candidates is not None:
         if positive not in candidates:
@@ -164,7 +190,7 @@ class Pairs:
     def __init__(self, purpose: Literal["train", "eval"]):
         """Read for training or for evaluation."""
         self.purpose = purpose
-        self._columns: Callable[[Mapping[str, Any]], dict[str, Any]]
+        self._columns: Callable[..., dict[str, Any]]
         self._columns = train_columns if purpose == "train" else eval_columns
         self._counts: dict[Path, int] = {}
 
@@ -204,13 +230,13 @@ class Pairs:
         """Rows as `schema` counted them."""
         return self._counts[file]
 
-    def batches(self, file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """The rows as MMEB's columns."""
+    def batches(self, file: Path, schema: pa.Schema, keep: Keep) -> Iterator[pa.RecordBatch]:
+        """The rows as MMEB's columns, images that lie in the file put away."""
         rows: list[dict[str, Any]] = []
         for _, row in _read(file):
             if isinstance(row, UserError):
                 raise UserError(f"{file} changed while it was read")
-            rows.append(self._columns(row))
+            rows.append(self._columns(row, keep))
             if len(rows) == BATCH_ROWS:
                 yield pa.RecordBatch.from_pylist(rows, schema=schema)
                 rows = []
@@ -290,15 +316,17 @@ def _cell(name: str, value: str) -> Any:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | UserError]]:
-    names = read_schema(file).names
+    schema = read_schema(file)
+    names = schema.names
     problem = _unknown(names) or _missing(names)
     if problem:
         raise UserError(f"{file}: {problem}")
     used = [name for name in names if _KNOWN.fullmatch(name)]
+    size = ROWS if any(holds_bytes(schema.field(name).type) for name in used) else BATCH_ROWS
     number = 0
     try:
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=used):
+            for batch in parquet.iter_batches(batch_size=size, columns=used):
                 for row in batch.to_pylist():
                     yield f"row {number}", row
                     number += 1

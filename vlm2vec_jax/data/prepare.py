@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from vlm2vec_jax.data import archives, hub
+from vlm2vec_jax.data import archives, embedded, hub
 from vlm2vec_jax.data.mmeb import EvalSource
 from vlm2vec_jax.data.opening import AnySource, open_all
 from vlm2vec_jax.data.paths import IMAGE_FOLDERS, find_image_root
@@ -105,7 +105,8 @@ def prepare(
                 count = _unpack(path, sources, output, limits, workers, force, say)
                 unpacked[str(path.relative_to(folder))] = count
     wanted = list(dict.fromkeys(path for source in sources for path in image_paths(source)))
-    root = find_image_root(output, wanted[:: max(1, len(wanted) // 64)])
+    files = [path for path in wanted if not path.startswith(embedded.PREFIX)]
+    root = find_image_root(output, files[:: max(1, len(files) // 64)])
     sources = open_all(data, subsets, splits, image_root=root, cache_dir=cache_dir)
     (images, *_) = image_folders(sources)
     gone = [path for path in wanted if images.fault(path) is not None]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from vlm2vec_jax.data.arrow import ArrowTable, ParquetColumns, Reader, open_set
+from vlm2vec_jax.data.embedded import FOLDER, PREFIX, place
 from vlm2vec_jax.data.folders import check_subset
 from vlm2vec_jax.data.pairs import Pairs
 from vlm2vec_jax.data.paths import SEPARATOR, find_image_root, leaves_by_link, unsafe_path
@@ -29,7 +30,11 @@ _ROOT_SAMPLES = 16
 
 
 def to_input(
-    key: Key, image_root: str | os.PathLike, *, follow_symlinks: bool = False
+    key: Key,
+    image_root: str | os.PathLike,
+    *,
+    follow_symlinks: bool = False,
+    kept: str | os.PathLike | None = None,
 ) -> MultimodalInput:
     """The input that a key stands for.
 
@@ -37,6 +42,7 @@ def to_input(
       key: text and image path(s).
       image_root: what the paths are relative to.
       follow_symlinks: open files to which a symbolic link leads out of the image root.
+      kept: where images are that lay in the table (`embedded.py`).
 
     Raises:
       UserError: if an image path leaves the image root.
@@ -44,14 +50,16 @@ def to_input(
     text, path = key
     if not path:
         return MultimodalInput(text=text)
-    paths = path.split(SEPARATOR)
-    for one in paths:
-        reason = unsafe_path(one)
+    files = []
+    for one in path.split(SEPARATOR):
+        root, below = place(one, image_root, kept)
+        reason = unsafe_path(below)
         if reason is None and not follow_symlinks:
-            reason = leaves_by_link(image_root, one)
+            reason = leaves_by_link(root, below)
         if reason:
             raise UserError(f"{one!r}: {reason}")
-    return MultimodalInput(text=text, images=tuple(Path(image_root) / one for one in paths))
+        files.append(root / below)
+    return MultimodalInput(text=text, images=tuple(files))
 
 
 def as_text(value: object) -> str:
@@ -103,8 +111,13 @@ class Source:
         """The files of the subset, all there."""
         return check_subset(self.data, self.subset, self.split, self.columns)
 
+    @property
+    def own(self) -> bool:
+        """Whether the rows are own pairs, which have no splits."""
+        return not (self.data / self.subset).is_dir()
+
     def _reader(self, files: Sequence[Path]) -> Reader:
-        if (self.data / self.subset).is_dir():
+        if not self.own:
             return ParquetColumns((*self.columns, *self.optional))
         return Pairs(self.pairs)
 
@@ -116,11 +129,16 @@ class Source:
             for name in names:
                 for path in as_texts(values[name])[:2]:
                     samples += path.split(SEPARATOR)
-        return find_image_root(folder, samples)
+        return find_image_root(folder, [s for s in samples if not s.startswith(PREFIX)])
+
+    @property
+    def kept(self) -> Path:
+        """Where images are that lay in the files: beside the converted table."""
+        return self.table.path.parents[1] / FOLDER
 
     def input(self, key: Key) -> MultimodalInput:
         """The input that a key of this subset stands for (`to_input`)."""
-        return to_input(key, self.image_root, follow_symlinks=self.follow_symlinks)
+        return to_input(key, self.image_root, follow_symlinks=self.follow_symlinks, kept=self.kept)
 
     def as_target(self, key: Key) -> Key:
         """A target's key with this source's instruction in its text."""

@@ -204,15 +204,18 @@ def image_folders(
     sources: Sequence, image_root: str | os.PathLike | None = None
 ) -> list[ImageFolder]:
     """The image folder of each source, one object for sources that share one."""
-    folders: dict[tuple[Path, bool], ImageFolder] = {}
+    folders: dict[tuple[Path, bool, Path], ImageFolder] = {}
     chosen = []
     for source in sources:
         own = getattr(source, "image_folder", None)
         if own is not None:  # images that are no files (`tfds.py`)
             chosen.append(own())
             continue
-        key = (Path(image_root or source.image_root), source.follow_symlinks)
-        chosen.append(folders.setdefault(key, ImageFolder(key[0], follow_symlinks=key[1])))
+        root, links, kept = (
+            Path(image_root or source.image_root), source.follow_symlinks, source.kept
+        )  # fmt: skip
+        new = ImageFolder(root, follow_symlinks=links, kept=kept)
+        chosen.append(folders.setdefault((root, links, kept), new))
     return chosen
 
 

@@ -13,6 +13,10 @@ from vlm2vec_jax.flags import define_processor_options, join_processes, processo
 
 DTYPES = ("bfloat16", "float32")
 FORMATS = ("messages", "input", "cohere")
+TARGET_INSTRUCTION = (
+    "words in front of targets that are text alone: `task` for words by meta-task, any others as "
+    "they are, empty for none"
+)
 ENCODERS = ("model", "vectors", "encoder", "endpoint")
 
 
@@ -41,7 +45,10 @@ def define_encoder(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "endpoint_format", "messages", FORMATS, "how inputs are sent", flag_values=values
     )
-    text("endpoint_input_type", "of /v2/embed", default="search_document")
+    flags.DEFINE_list(
+        "endpoint_input_type", [], "what the server calls a query and a target, or one word for "
+        "both; search_query,search_document in the cohere format", flag_values=values,
+    )  # fmt: skip
     text("api_key_env", "name of the environment variable that holds the server's key")
     number("dimensions", "ask the server for vectors of so many dimensions")
     number("endpoint_batch", "inputs of a request, where the format takes several", 16)

@@ -2,10 +2,10 @@
 """Smaller vectors as options of scoring: the first dimensions only, int8, binary. Numpy only.
 
 What a vector store would keep is scored beside the full vectors, so that the loss is known before
-anything is stored. int8 and binary follow sentence-transformers' `quantize_embeddings`: int8 has
-256 steps between the smallest and the largest value of each dimension over the candidates (queries
-beyond them are clipped), binary keeps the sign. int8 is scored on the values that the steps stand
-for, binary by the number of equal signs (the Hamming distance).
+anything is stored. int8 and binary are those of `embedding.vectors`: 256 steps between the smallest
+and the largest value of each dimension over the candidates (queries beyond them are clipped), or
+the signs. int8 is scored on the values that the steps stand for, binary by the number of equal
+signs (the Hamming distance).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vlm2vec_jax.embedding import vectors
 from vlm2vec_jax.errors import raise_problems
 
 PRECISIONS = ("int8", "binary")
@@ -62,11 +63,11 @@ def variants(dims: Sequence[int] = (), precisions: Sequence[str] = ()) -> list[V
     return found[1:]
 
 
-def compress(vectors: np.ndarray, targets: np.ndarray, variant: Variant) -> np.ndarray:
+def compress(full: np.ndarray, targets: np.ndarray, variant: Variant) -> np.ndarray:
     """What is left of vectors in a variant, as float32 that any scorer takes.
 
     Args:
-      vectors: float32 [N, D].
+      full: float32 [N, D].
       targets: int [M], which of them are candidates: they calibrate int8.
       variant: what to make of them; more dimensions than D keep all.
 
@@ -74,7 +75,7 @@ def compress(vectors: np.ndarray, targets: np.ndarray, variant: Variant) -> np.n
       float32 [N, dim]. A vector that is not finite stays so. After truncation the vectors are no
       longer of unit length: a cosine does not mind.
     """
-    kept = vectors[:, : variant.dim]
+    kept = full[:, : variant.dim]
     if variant.precision == "float32":
         return np.ascontiguousarray(kept)
     finite = np.asarray(np.isfinite(kept).all(axis=1))
@@ -84,12 +85,9 @@ def compress(vectors: np.ndarray, targets: np.ndarray, variant: Variant) -> np.n
         known = kept[targets][finite[targets]]
         if not len(known):
             return np.full_like(kept, np.nan)
-        low, high = known.min(axis=0), known.max(axis=0)
-        step = np.where(high > low, (high - low) / 255, 1).astype(np.float32)
-        with np.errstate(invalid="ignore"):
-            codes = np.clip(np.trunc((kept - low) / step), 0, 255)
-        # The middle of what a step stands for, except for the last, which holds one value.
-        small = low + np.minimum(codes + 0.5, 255) * step
-        small = np.where(high > low, small, low).astype(np.float32)
+        # uint8 and int8 are the same steps, counted from another number.
+        ranges = vectors.value_ranges(known)
+        codes = vectors.quantize_embeddings(np.where(finite[:, None], kept, 0), "uint8", ranges)
+        small = vectors.dequantize_embeddings(codes, "uint8", kept.shape[1], ranges)
     small[~finite] = np.nan
     return small

@@ -39,6 +39,15 @@ class Encoder(Protocol):
         ...
 
 
+def tells_roles(encoder: Any) -> bool:
+    """Whether `encoder.encode` takes `roles`, a role of `store` for each input.
+
+    Most embed an input alike wherever it stands; an input that is a query in one place and a
+    target in another is then embedded once.
+    """
+    return bool(getattr(encoder, "tells_roles", False))
+
+
 class Source(Protocol):
     """One subset of MMEB-eval (`vlm2vec_jax.data.mmeb.EvalSource`).
 
@@ -75,6 +84,7 @@ def plan_subset(
     images: dict[Path, str],
     made_with: Mapping[str, Any],
     settings: Settings | None = None,
+    roles: bool = False,
 ) -> Plan:
     """Read a subset's rows; a candidate of a row stays as four bytes.
 
@@ -83,6 +93,7 @@ def plan_subset(
       images: hashes of image files that were read already, added to.
       made_with: fingerprint of the encoder.
       settings: how it will be scored.
+      roles: keep queries apart from targets of the same content.
 
     Raises:
       UserError: no rows, or an image that cannot be read.
@@ -92,17 +103,17 @@ def plan_subset(
     index: dict[Key, int] = {}
     query_index = np.zeros(len(source), np.int32)
     candidates = []
+    query, target = ((store.QUERY,), (store.TARGET,)) if roles else ((), ())
     for n in range(len(source)):
         row = source[n]
-        query_index[n] = index.setdefault(row.query_key, len(index))
-        candidates.append(
-            np.array([index.setdefault(key, len(index)) for key in row.target_keys], np.int32)
-        )
+        query_index[n] = index.setdefault(row.query_key + query, len(index))
+        keys = [key + target for key in row.target_keys] if roles else row.target_keys
+        candidates.append(np.array([index.setdefault(key, len(index)) for key in keys], np.int32))
     keys = list(index)
     identities, files = [], {}
     for key in keys:
         paths = []
-        images_of_key = source.input(key).images
+        images_of_key = source.input(key[:2]).images
         for k, image in enumerate(images_of_key):
             if not isinstance(image, (str, os.PathLike)):
                 raise TypeError("an evaluation source names images by path")
@@ -110,7 +121,7 @@ def plan_subset(
             paths.append(str(path))
             # Named by what the row says, so that moving the folder changes nothing.
             files[key[1] if len(images_of_key) == 1 else f"{key[1]} {k}"] = path
-        identities.append((key[0], tuple(paths)))
+        identities.append((key[0], tuple(paths), *key[2:]))
     embedded_from = {
         **made_with,
         "inputs": store.hash_rows(sorted(keys)),
@@ -181,7 +192,7 @@ class Embedding:
                 if self.mine is not None and identity not in self.mine:
                     continue
                 if not any(identity in known for known in (self.held, stored, fresh)):
-                    fresh[identity] = plan.source.input(key)
+                    fresh[identity] = plan.source.input(key[:2])
             self._tell(number, plan, len(fresh) - before, len(there), path.name)
             waiting.append(plan)
             # A subset that is there already need not wait for others.
@@ -256,7 +267,8 @@ class Embedding:
     def _encode_mine(self, waiting, names: list[Identity], inputs) -> np.ndarray:
         try:
             items = [inputs[name] for name in names]
-            matrix = np.asarray(self.encoder.encode(items, **self.options))
+            told = {"roles": [name[2] for name in names]} if tells_roles(self.encoder) else {}
+            matrix = np.asarray(self.encoder.encode(items, **self.options, **told))
         except BadInputs as error:  # what only decoding shows, such as truncated images
             problems = [f"{_where(waiting, names[n])}: {p}" for n, p in error.problems.items()]
             raise_problems("The data has bad rows", problems, advice=error.advice)

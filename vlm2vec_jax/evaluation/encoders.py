@@ -7,6 +7,7 @@ models come as `vlm2vec_jax.Embedder`, servers as `endpoint.Endpoint`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -146,9 +147,14 @@ def _read_npz(path: Path, ids: Path | None) -> tuple[list[str], np.ndarray]:
     keyed = store.read_npz(path, ("keys",))  # what `evaluate` keeps
     if keyed is not None:
         try:
-            keys = [(str(t), str(i)) for t, i in store.from_bytes(keyed["keys"])]
+            keys = store.keys_of(keyed["keys"])
         except (ValueError, TypeError):
             raise UserError(f"{path}: its `keys` cannot be read") from None
+        if any(len(key) == 3 for key in keys):
+            raise UserError(
+                f"{path} holds vectors of queries apart from those of targets, and ids do not tell "
+                f"them apart; evaluate with the encoder that made it"
+            )
         return [input_id(text, [image] if image else []) for text, image in keys], matrix
     return _ids_beside(path, ids), matrix
 
@@ -209,7 +215,13 @@ def _ids_beside(path: Path, ids: Path | None) -> list[str]:
 
 
 class Callback:
-    """A Python callable `encode(inputs)`, or an object that has one."""
+    """A Python callable `encode(inputs)` or `encode(inputs, roles)`, or an object that has one.
+
+    Attributes:
+      tells_roles: whether it takes `roles`, a list of "query" and "target", one for each input.
+    """
+
+    tells_roles = False
 
     def __init__(self, function: Any, name: str, fingerprint: Mapping[str, Any] | None = None):
         """Wrap a callable.
@@ -221,6 +233,9 @@ class Callback:
           fingerprint: what else stored vectors depend on.
         """
         self.function: Callable[..., Any] = getattr(function, "encode", function)
+        # One that has a parameter `roles` is told which inputs are queries.
+        with contextlib.suppress(TypeError, ValueError):  # builtins may have no signature
+            self.tells_roles = "roles" in inspect.signature(self.function).parameters
         own = getattr(function, "fingerprint", None)
         self._fingerprint = {
             "callable": name,
@@ -267,8 +282,8 @@ class Callback:
         Raises:
           UserError: if it does not give one vector of numbers for each input.
         """
-        del options
-        result = self.function(list(inputs))
+        told = {"roles": options.get("roles")} if self.tells_roles else {}
+        result = self.function(list(inputs), **told)
         for step in ("detach", "cpu"):  # a torch tensor, without knowing torch
             result = getattr(result, step)() if hasattr(result, step) else result
         try:

@@ -7,6 +7,10 @@ Three bodies are known:
             images as chat messages;
   cohere    POST {"model", "inputs": [{"content": [...]}]}, several to a request (`/v2/embed`).
 
+Where the server embeds queries and documents differently, each input is sent as what it is:
+`input_type` is the pair of words for it (Cohere's by default in its form; in the other two only if
+given, as some servers of `/v1/embeddings` take it). An input of both kinds is then embedded twice.
+
 In all of them an image stands between the pieces of text where its marker stood, as a data URI; the
 space behind a marker, which templates add themselves, is left out. Everything else of a text is
 sent verbatim, trailing newlines included.
@@ -34,6 +38,7 @@ import numpy as np
 from PIL import Image
 
 from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.evaluation import store
 from vlm2vec_jax.images import load_image
 from vlm2vec_jax.inputs import IMAGE_MARKER, ImageLike, MultimodalInput, raise_bad_inputs
 
@@ -41,12 +46,19 @@ FORMATS = ("messages", "input", "cohere")
 AS_THEY_ARE = {"image/png", "image/jpeg", "image/webp", "image/gif"}
 """Files of these types are sent byte for byte; others as PNG."""
 
+INPUT_TYPES = {"cohere": ("search_query", "search_document")}
+"""What a query and a target are called, by form, where nobody says otherwise."""
+
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_PAUSE = 60.0
 
 
 class Endpoint:
-    """A server behind the evaluator's protocol."""
+    """A server behind the evaluator's protocol.
+
+    Attributes:
+      tells_roles: whether queries are sent otherwise than targets.
+    """
 
     def __init__(
         self,
@@ -60,7 +72,7 @@ class Endpoint:
         workers: int = 8,
         timeout_s: float = 120.0,
         retries: int = 5,
-        input_type: str = "search_document",
+        input_type: Sequence[str] = (),
         pause_s: float = 1.0,
         say: Callable[[str], None] = lambda message: None,
     ):
@@ -76,15 +88,24 @@ class Endpoint:
           workers: requests at a time.
           timeout_s: of a request, in seconds.
           retries: how often a request is repeated that failed for a reason that may pass.
-          input_type: `cohere` alone asks for one.
+          input_type: what to call a query and a target, or one word for both; by default what
+            `INPUT_TYPES` has for the form.
           pause_s: before the first repetition; doubled each time.
           say: receives a line when the server has to be asked again.
 
         Raises:
-          UserError: an unknown format, or a URL that is none.
+          UserError: an unknown format, a URL that is none, or more than two input types.
         """
         if form not in FORMATS:
             raise UserError(f"format {form!r} is not known; known: {', '.join(FORMATS)}")
+        kinds = tuple(input_type) or INPUT_TYPES.get(form, ())
+        if len(kinds) > 2 or not all(kinds):
+            raise UserError(
+                f"--endpoint_input_type {','.join(kinds)}: one word for all inputs, or one for "
+                f"queries and one for targets"
+            )
+        self.input_types = dict(zip((store.QUERY, store.TARGET), kinds * 2, strict=False))
+        self.tells_roles = len(set(kinds)) > 1
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise UserError(f"--endpoint {url!r}: write http://HOST:PORT or https://HOST")
@@ -94,20 +115,29 @@ class Endpoint:
         self.url, self.model, self.form = url, model, form
         self.dimensions, self.batch_size, self.workers = dimensions, batch_size, workers
         self.timeout_s, self.retries, self.pause_s = timeout_s, retries, pause_s
-        self.input_type, self.say = input_type, say
-        self._key = api_key
+        self.say, self._key = say, api_key
 
     def fingerprint(self) -> dict[str, Any]:
         """The server, the model and what is asked of it; the key is not part of it."""
         named: dict[str, Any] = {"endpoint": self.url, "model": self.model, "format": self.form}
         if self.dimensions:
             named["dimensions"] = self.dimensions
-        if self.form == "cohere":
-            named["input_type"] = self.input_type
+        if self.input_types:
+            named["input_type"] = list(dict.fromkeys(self.input_types.values()))
         return named
 
-    def encode(self, inputs: Sequence[MultimodalInput], **options: Any) -> np.ndarray:
+    def encode(
+        self,
+        inputs: Sequence[MultimodalInput],
+        roles: Sequence[str] | None = None,
+        **options: Any,
+    ) -> np.ndarray:
         """Ask for all embeddings, several requests at a time; float32 [N, D].
+
+        Args:
+          inputs: what to embed.
+          roles: `store.QUERY` or `store.TARGET` for each; targets if not given.
+          options: of other encoders, not used.
 
         Raises:
           BadInputs: images that cannot be read.
@@ -116,10 +146,14 @@ class Endpoint:
         """
         del options
         inputs = list(inputs)
-        batches = self._batches(inputs)
+        roles = roles or [store.TARGET] * len(inputs)
+        batches = self._batches(roles)
         out: list[np.ndarray | None] = [None] * len(inputs)
         with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self._ask, [inputs[n] for n in b]) for b in batches]
+            futures = [
+                pool.submit(self._ask, [inputs[n] for n in batch], roles[batch[0]])
+                for batch in batches
+            ]
             problems: dict[int, str] = {}
             try:
                 for batch, future in zip(batches, futures, strict=True):
@@ -139,11 +173,18 @@ class Endpoint:
             return np.zeros((0, self.dimensions or 0), np.float32)
         return np.stack([v for v in out if v is not None])
 
-    def _batches(self, inputs: Sequence[MultimodalInput]) -> list[list[int]]:
+    def _batches(self, roles: Sequence[str]) -> list[list[int]]:
+        """Numbers of inputs of one role to a request."""
         size = 1 if self.form == "messages" else self.batch_size
-        return [list(range(k, min(k + size, len(inputs)))) for k in range(0, len(inputs), size)]
+        batches = []
+        for role in dict.fromkeys(roles):
+            own = [n for n, one in enumerate(roles) if one == role]
+            batches += [own[k : k + size] for k in range(0, len(own), size)]
+        return batches
 
-    def _ask(self, items: Sequence[MultimodalInput]) -> tuple[list[np.ndarray], dict[int, str]]:
+    def _ask(
+        self, items: Sequence[MultimodalInput], role: str
+    ) -> tuple[list[np.ndarray], dict[int, str]]:
         contents, problems = [], {}
         for n, item in enumerate(items):
             try:
@@ -152,7 +193,7 @@ class Endpoint:
                 problems[n] = str(error)
         if problems:
             return [], problems
-        answer = self._post(self._body(contents))
+        answer = self._post(self._body(contents, role))
         vectors = _vectors(answer, self.form)
         if vectors is None or len(vectors) != len(items):
             found = "no embeddings" if vectors is None else f"{len(vectors)} embeddings"
@@ -167,12 +208,13 @@ class Endpoint:
                 )
         return vectors, {}
 
-    def _body(self, contents: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    def _body(self, contents: Sequence[list[dict[str, Any]]], role: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.model}
+        if self.input_types:
+            body["input_type"] = self.input_types[role]
         if self.form == "cohere":
             body |= {
                 "inputs": [{"content": content} for content in contents],
-                "input_type": self.input_type,
                 "embedding_types": ["float"],
             }
             return body | ({"output_dimension": self.dimensions} if self.dimensions else {})

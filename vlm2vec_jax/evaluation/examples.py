@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm2vec_jax.evaluation import html, store, tables
+from vlm2vec_jax.evaluation import html, store
 
 
 def _predictions(folder: Path, subset: str) -> list[dict[str, Any]]:
@@ -39,44 +39,37 @@ def _spread(rows: list[int], count: int) -> list[int]:
     return [rows[(2 * k + 1) * len(rows) // (2 * count)] for k in range(count)]
 
 
-def section(
-    subset: str,
-    anchor: str,
-    score: Mapping[str, Any],
-    shown: Path,
-    before: Path | None,
-    pictures: html.Pictures,
-    count: int,
+def cards(
+    subset: str, shown: Path, before: Path | None, pictures: html.Pictures, count: int
 ) -> str:
-    """The section of a subset.
+    """Queries of a subset with their top targets, what they are in words above.
 
     Args:
       subset: its name.
-      anchor: what links to it.
-      score: its summary in `scores.json`.
       shown: evaluation folder of the model that is shown.
       before: that of the model to compare with.
       pictures: of the data.
       count: queries to show.
     """
-    about = [tables.TITLES[score["meta_task"]], tables.TITLES.get(score["split"] or "", "")]
-    head = (
-        f'<h3 id="{anchor}">{html.text(subset)} <span class="muted">'
-        f"{html.text(', '.join(a for a in about if a))} · {tables.percent(score['acc'])} %"
-        "</span></h3>"
-    )
     rows = _predictions(shown, subset)
     if not rows:
-        return f"{head}<p>There are no predictions of this subset to show.</p>"
+        return "<p>There are no predictions of this subset to show.</p>"
     earlier = {} if before is None else {r["row"]: r for r in _predictions(before, subset)}
-    cards = []
-    for n in choose([bool(r["correct"]) for r in rows], count):
+    chosen = choose([bool(r["correct"]) for r in rows], count)
+    right = sum(bool(r["correct"]) for r in rows)
+    found = [
+        f"<h2>Queries and their top targets</h2><p>{len(chosen)} of {len(rows)} queries "
+        f"({len(rows) - right} wrong, {right} right), spread evenly through the file, half of them "
+        "wrong where there are as many, the wrong ones first. Targets stand in the order of the "
+        "model's scores. Green is the truth, red is what a wrong row took for it.</p>"
+    ]
+    for n in chosen:
         row = rows[n]
         then = earlier.get(row["row"])
         if then is not None and then["query"] != row["query"]:
             then = None
-        cards.append(_card(row, then, pictures))
-    return head + "".join(cards)
+        found.append(_card(row, then, pictures))
+    return "".join(found)
 
 
 def _card(row: dict[str, Any], then: dict[str, Any] | None, pictures: html.Pictures) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from absl import flags
 from vlm2vec_jax.data.paths import leaves_by_link, unsafe_path
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.evaluation import command, corpus, store
+from vlm2vec_jax.evaluation.embedding import tells_roles
 from vlm2vec_jax.flags import run
 from vlm2vec_jax.inputs import BadInputs, MultimodalInput
 
@@ -169,21 +171,25 @@ def _image_folder(folder: Path, given: str | os.PathLike | None) -> Path:
     return next((folder / n for n in names if (folder / n).is_dir()), folder)
 
 
-def score(pictures: Sequence[Picture], images: np.ndarray, captions: np.ndarray) -> dict[str, Any]:
+def score(
+    pictures: Sequence[Picture],
+    queries: tuple[np.ndarray, np.ndarray],
+    targets: tuple[np.ndarray, np.ndarray],
+) -> dict[str, Any]:
     """Recall both ways.
 
     Args:
       pictures: P of them with C captions in all.
-      images: float32 [P, D].
-      captions: float32 [C, D], in the order of the pictures.
+      queries: images float32 [P, D] and captions float32 [C, D], in the order of the pictures.
+      targets: the same as targets; mostly the same vectors.
 
     Returns:
       Fractions `recall@k` under `image_to_text` and `text_to_image`.
     """
     owner = np.repeat(np.arange(len(pictures)), [len(p.captions) for p in pictures])
     own = [np.flatnonzero(owner == n) for n in range(len(pictures))]
-    to_text = corpus.rank(images, captions, own)
-    to_image = corpus.rank(captions, images, list(owner[:, None]))
+    to_text = corpus.rank(queries[0], targets[1], own)
+    to_image = corpus.rank(queries[1], targets[0], list(owner[:, None]))
     return {
         name: {f"recall@{k}": found.metrics(KS)[f"hit@{k}"] for k in KS}
         for name, found in (("image_to_text", to_text), ("text_to_image", to_image))
@@ -216,24 +222,32 @@ def run_flickr(
         "captions": store.hash_rows([p.filename, *p.captions] for p in pictures),
         "images": store.hash_images({p.filename: p.path for p in pictures}),
     }
-    vectors = {}
-    for name, inputs in sides.items():
+    # Images look for captions and captions for images: whoever tells roles embeds both twice.
+    roles = (store.QUERY, store.TARGET) if tells_roles(encoder) else ("",)
+    vectors: dict[tuple[str, str], np.ndarray] = {}
+    for name, role in itertools.product(sides, roles):
+        inputs = sides[name]
         keys = [(f"{n} {item.text}", "") for n, item in enumerate(inputs)]
-        path = output / f"flickr30k_{name}.npz"
+        path = output / f"flickr30k_{'_'.join(filter(None, (name, role)))}.npz"
+        told = {"roles": [role] * len(inputs)} if role else {}
         kept, _ = store.load_embeddings(path, made_with)
         if kept is not None and all(key in kept for key in keys):
-            vectors[name] = np.stack([kept[key] for key in keys])
+            vectors[name, role] = np.stack([kept[key] for key in keys])
             continue
         try:
-            vectors[name] = np.asarray(encoder.encode(inputs, **options), np.float32)
+            found = encoder.encode(inputs, **options, **told)
         except BadInputs as error:
             problems = [f"{pictures[n].filename}: {p}" for n, p in error.problems.items()]
             raise_problems("Flickr30K has bad images", problems, advice=error.advice)
             raise
-        store.save_embeddings(path, keys, vectors[name], made_with)
+        vectors[name, role] = np.asarray(found, np.float32)
+        store.save_embeddings(path, keys, vectors[name, role], made_with)
     result = {
         "benchmark": BENCHMARK,
-        **score(pictures, vectors["image"], vectors["text"]),
+        **score(
+            pictures,
+            *((vectors["image", role], vectors["text", role]) for role in (roles[0], roles[-1])),
+        ),
         "num_images": len(pictures),
         "num_captions": len(sides["text"]),
         "fingerprint": made_with,

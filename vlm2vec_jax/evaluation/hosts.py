@@ -18,8 +18,9 @@ import numpy as np
 
 from vlm2vec_jax.errors import UserError, raise_problems
 
-Identity = tuple[str, tuple[str, ...]]
-"""What an input is across subsets: its text, and the absolute paths of its images."""
+Identity = tuple[Any, ...]
+"""What an input is across subsets: its text, the absolute paths of its images (a tuple), and its
+role where the encoder tells queries from targets."""
 
 _IMAGE_TOKENS = 800
 _MESSAGE = 8192
@@ -35,7 +36,7 @@ def arrange(identities: Sequence[Identity]) -> list[list[int]]:
       Groups of positions; all positions once. Inputs of several images go by the first.
     """
     groups: dict[Any, list[int]] = {}
-    for n, (_, images) in enumerate(identities):
+    for n, (_, images, *_) in enumerate(identities):
         groups.setdefault(images[0] if images else n, []).append(n)
     return list(groups.values())
 
@@ -55,7 +56,7 @@ def share(identities: Sequence[Identity], index: int, count: int) -> list[int]:
     if count > 1:
 
         def price(n: int) -> int:
-            text, images = identities[n]
+            text, images, *_ = identities[n]
             return len(text) // 4 + 1 + _IMAGE_TOKENS * len(images)
 
         prices = [sum(price(n) for n in group) for group in groups]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of the report's page: escaping, pictures as data URIs, the frame with its style.
+"""Pieces of the report's pages: escaping, pictures as data URIs, the frame with its style.
 
-The page loads nothing and runs nothing: no script, no link to a file or a server. Everything that
-comes from data or from a model's folder goes through `text`.
+A page loads nothing and runs nothing: no script, no link to a server; its links lead to the other
+pages of the report. Everything that comes from data or from a model's folder goes through `text`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import base64
 import html
 import io
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 from vlm2vec_jax.data.mmeb import to_input
 from vlm2vec_jax.data.paths import IMAGE_FOLDERS, SEPARATOR, unsafe_path
@@ -21,6 +22,9 @@ from vlm2vec_jax.inputs import IMAGE_MARKER
 
 THUMBNAIL = 176
 """Longest side of a picture, in pixels; smaller ones are kept as they are."""
+
+GENERATOR = '<meta name="generator" content="vlm2vec_jax">'
+"""In the head of every page, by which a page of ours is known again."""
 
 # The second layer behind escaping: even markup that slipped through could not load or run.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -74,8 +78,7 @@ img.pic { display:block; width:100%; max-width:176px; max-height:112px; object-f
   object-position:left; border-radius:4px; }
 img.small { image-rendering:pixelated; }
 .lost { color:var(--muted); font-style:italic; overflow-wrap:anywhere; }
-nav { columns:3 220px; font-size:.9rem; }
-nav a { display:block; break-inside:avoid; }
+p.pages { margin:.75rem 0; font-size:.9rem; }
 @media (max-width:640px) { .query { grid-template-columns:1fr; } }
 """
 
@@ -85,10 +88,20 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+def quoted(name: str) -> str:
+    """A file's name as a part of a relative link."""
+    return PurePosixPath(f"/{name}").as_uri().removeprefix("file:///")
+
+
+def link(address: str, words: str) -> str:
+    """A link to a place whose parts are `quoted`."""
+    return f'<a href="{text(address)}">{text(words)}</a>'
+
+
 def page(title: str, body: str) -> str:
     """The whole document around a body."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{STYLE}</style></head>\n"
@@ -107,6 +120,7 @@ def table(
     rows: list[tuple[str, list[str]]],
     left: int = 1,
     marks: list[list[str]] | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> str:
     """A table of cells that are escaped here.
 
@@ -115,13 +129,16 @@ def table(
       rows: (class of the row, cells).
       left: how many columns are words; the others are numbers.
       marks: class of each cell of each row, `up` or `down` or none.
+      links: first cell of a row -> where it leads.
     """
 
     def cells(tag: str, values: list[str], kinds: list[str] | None = None) -> str:
         out = []
         for k, v in enumerate(values):
             kind = f"{'n' if k >= left else ''} {kinds[k] if kinds else ''}".strip()
-            out.append(f'<{tag} class="{text(kind)}">{text(v)}</{tag}>')
+            leads = links.get(v) if links and tag == "td" and not k else None
+            shown = link(leads, v) if leads else text(v)
+            out.append(f'<{tag} class="{text(kind)}">{shown}</{tag}>')
         return "".join(out)
 
     body = "".join(
@@ -135,7 +152,8 @@ class Pictures:
     """Thumbnails of a data folder's images as data URIs, each made once."""
 
     def __init__(self, image_root: str | os.PathLike | None):
-        self.root = None if image_root is None else Path(image_root)
+        root = None if image_root is None else Path(image_root)
+        self.root = root.parent if root is not None and root.is_file() else root
         self.made: dict[str, str] = {}
 
     def show(self, name: str) -> str:

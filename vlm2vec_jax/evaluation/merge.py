@@ -197,7 +197,8 @@ def _common(subsets: dict[str, Found]) -> tuple[Settings, dict[str, Any]]:
         else:
             assert found.rows is not None
             made = store.plain(found.rows[1].scored_from)
-        own = {k: made.get(k) for k in ("similarity", "candidates", "variants")}
+        chosen = ("similarity", "candidates", "variants", "target_instruction")
+        own = {k: made.get(k) for k in chosen}
         first = named.setdefault("settings", (name, own, made))
         different = store.differences(first[1], own)
         if different:
@@ -207,7 +208,13 @@ def _common(subsets: dict[str, Found]) -> tuple[Settings, dict[str, Any]]:
             )
     _, own, made = named["settings"]
     dims, precisions = _of_names(own["variants"] or [])
-    settings = Settings(own["similarity"], own["candidates"] or "own", dims, precisions)
+    settings = Settings(
+        own["similarity"],
+        own["candidates"] or "own",
+        dims,
+        precisions,
+        own["target_instruction"] or "",
+    )
     return settings, {"format": made["format"], "encoder": made["encoder"]}
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation as one HTML file: scores, training curves, and queries with their top targets.
+"""An evaluation as static pages: scores, training curves, and queries with their top targets.
 
     python -m vlm2vec_jax.evaluation.report --trained DIR [--untrained DIR] [--train DIR]
         [--data DIR] --output report.html [--compare MODEL ...]
 
 `--trained` and `--untrained` are output folders of `evaluate`, `--train` is one of `train`; each
-may be left out, but not both of the first two. The file opens offline, loads nothing and runs
-nothing: pictures are inside it. The tables stand beside it as markdown (`report.md`). Published
-scores are shown beside ours where the data is MMEB's own; `--compare` (once per model, or `all`)
-chooses other models than VLM2Vec's.
+may be left out, but not both of the first two. `report.html` has the tables and charts; it leads to
+a page for each dataset in `report_pages/`, with example queries and their top targets as pictures.
+Pages open offline, load nothing and run nothing: pictures are inside them. The tables stand beside
+them as markdown (`report.md`). Published scores are shown beside ours where the data is MMEB's own;
+`--compare` (once per model, or `all`) chooses other models than VLM2Vec's.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.evaluation import charts, compare, examples, html, mmeb, store, tables
+from vlm2vec_jax.evaluation import charts, compare, html, mmeb, pages, store, tables
 from vlm2vec_jax.flags import run
 from vlm2vec_jax.training import metrics
 
 CURVES = (("Loss", "loss"), ("In-batch accuracy", "accuracy"), ("Learning rate", "lr"))
-EXAMPLES = 6
+EXAMPLES = 12
 
 Scores = dict[str, Any]
 
@@ -46,13 +47,14 @@ def write_report(
     """Write the report.
 
     Args:
-      output: the HTML file; the markdown has its name with another ending.
+      output: the HTML file; the markdown has its name with another ending, and the pages of the
+        datasets lie in a folder beside it (`pages.folder_of`).
       trained: evaluation folder of the model that is shown.
       untrained: evaluation folder of the model to compare with.
       train: training folder, for the curves of its `metrics.jsonl`.
       data: the data folder, for pictures.
       image_root: what image paths are relative to, `data` by default.
-      count: queries to show per subset; half of them wrong where there are as many.
+      count: queries to show per dataset; half of them wrong where there are as many.
       models: published models to compare with (`compare.models`).
 
     Returns:
@@ -69,32 +71,26 @@ def write_report(
     }
     if not runs:
         raise UserError("a report needs an evaluation folder: --trained, --untrained, or both")
-    shown = Path(trained if trained is not None else untrained)  # type: ignore[arg-type]
-    before = Path(untrained) if trained is not None and untrained is not None else None
-    scores = runs["trained" if trained is not None else "untrained"]
-    pictures = html.Pictures(image_root if image_root is not None else data)
-    chosen = compare.models(models)
-
-    names = mmeb.in_order(list(scores["subsets"]))
-    anchors = {name: f"subset-{k}" for k, name in enumerate(names)}
+    folders = {"untrained": untrained, "trained": trained}
+    scores, chosen, output = list(runs.values())[-1], compare.models(models), Path(output)
+    lines = compare.lines(scores, chosen) if chosen else []
+    links = pages.write(
+        output,
+        runs,
+        {label: folder for label, folder in folders.items() if folder is not None},
+        image_root if image_root is not None else data,
+        count,
+        lines,
+        [p.model for p in chosen],
+    )
     parts = [
         _head(scores, runs),
         _averages(runs),
         _radar(runs, scores, chosen),
         _training(train),
-        _subsets(runs, anchors),
-        _published(scores, chosen),
-        "<h2>Queries and their top targets</h2>",
-        f"<p>Up to {count} queries of each subset, spread evenly through the file, half of them "
-        "wrong where there are as many, the wrong ones first. Targets stand in the order of the "
-        "model's scores. Green is the truth, red is what a wrong row took for it.</p>",
+        _subsets(runs, links),
+        _published(scores, chosen, lines, links),
     ]
-    summaries = _complete(scores)["subsets"]
-    for name in names:
-        parts.append(
-            examples.section(name, anchors[name], summaries[name], shown, before, pictures, count)
-        )
-    output = Path(output)
     store.write_text(output.with_suffix(".md"), _markdown(runs, scores, chosen))
     store.write_text(output, html.page("Evaluation report", "\n".join(parts)))
     return output
@@ -183,9 +179,8 @@ def _radar(runs: Mapping[str, Scores], scores: Scores, chosen) -> str:
     return f"<h2>Datasets</h2>{html.chart(svg, 'radar of the scores of all datasets')}"
 
 
-def _published(scores: Scores, chosen) -> str:
+def _published(scores: Scores, chosen, rows: Sequence[compare.Line], links) -> str:
     """The table beside published models, higher and lower scores marked."""
-    rows = compare.lines(scores, chosen) if chosen else []
     note = compare.note(scores)
     if not rows:
         return f"<h2>Published models</h2><p>{html.text(note)}</p>" if note else ""
@@ -207,7 +202,7 @@ def _published(scores: Scores, chosen) -> str:
     sources = "; ".join({p.source: None for p in chosen})
     return (
         "<h2>Published models</h2><p>Percent; in brackets how far ours is above (+) or below (-) "
-        f"the published score.</p>{chart}{html.table(head, cells, 1, marks)}"
+        f"the published score.</p>{chart}{html.table(head, cells, 1, marks, links)}"
         f"<p>{html.text(note)}</p><p>Sources: {html.text(sources)}.</p>"
     )
 
@@ -245,11 +240,13 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _subsets(runs: Mapping[str, Scores], anchors: Mapping[str, str]) -> str:
-    """The table of all subsets by meta-task, and an index of the examples below."""
+def _subsets(runs: Mapping[str, Scores], links: Mapping[str, str]) -> str:
+    """The table of all datasets by meta-task; a name leads to the dataset's page."""
     head, rows = _subset_rows(runs)
-    index = "".join(f'<a href="#{a}">{html.text(n)}</a>' for n, a in anchors.items())
-    return f"<h2>Scores</h2>{html.table(head, rows, left=3)}<h3>Examples</h3><nav>{index}</nav>"
+    return (
+        "<h2>Scores</h2><p>A dataset's name leads to its page: example queries with their top "
+        f"targets, wrong ones first.</p>{html.table(head, rows, left=3, links=links)}"
+    )
 
 
 def _subset_rows(runs: Mapping[str, Scores]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -301,7 +298,7 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("output", None, "the HTML file", required=True, flag_values=values)
     flags.DEFINE_integer(
-        "examples", EXAMPLES, "queries per subset", lower_bound=0, flag_values=values
+        "examples", EXAMPLES, "queries per dataset", lower_bound=0, flag_values=values
     )
 
 
@@ -317,7 +314,8 @@ def main(args: Any) -> None:
         count=args.examples,
         models=args.compare,
     )
-    print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    folder = pages.folder_of(path)
+    print(f"report: {path}, and a page for each dataset in {folder}")
 
 
 if __name__ == "__main__":

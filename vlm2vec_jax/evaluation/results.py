@@ -49,6 +49,7 @@ def write(
         "version": vlm2vec_jax.__version__,
         "similarity": settings.similarity,
         "candidates": settings.candidates,
+        "target_instruction": settings.target_instruction,
         "subsets": subsets,
         "averages": tables.averages(scores),
         "metric_averages": _metric_averages(scores),

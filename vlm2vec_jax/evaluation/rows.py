@@ -33,12 +33,15 @@ class Settings:
       candidates: "own", each row's list, as MMEB does it; "corpus", every candidate of the subset.
       dims: numbers of first dimensions to score beside the full vectors.
       precisions: of `compress.PRECISIONS`, to score beside float32.
+      target_instruction: what stands in front of targets that are text alone, a rule of
+        `data.target_instruction`.
     """
 
     similarity: Similarity = "cosine"
     candidates: str = "own"
     dims: tuple[int, ...] = ()
     precisions: tuple[str, ...] = ()
+    target_instruction: str = ""
 
     @property
     def variants(self) -> list[compress.Variant]:
@@ -52,6 +55,8 @@ class Settings:
             named["candidates"] = self.candidates
         if self.variants:
             named["variants"] = [v.name for v in self.variants]
+        if self.target_instruction:
+            named["target_instruction"] = self.target_instruction
         return named
 
 
@@ -116,7 +121,7 @@ def load(path: Path) -> tuple[Rows, Settings] | None:
     if arrays is None:
         return None
     try:
-        keys = [(str(text), str(image)) for text, image in store.from_bytes(arrays["keys"])]
+        keys = store.keys_of(arrays["keys"])
         embedded_from = store.from_bytes(arrays["embedded_from"])
         saved = store.from_bytes(arrays["settings"])
         settings = Settings(
@@ -124,6 +129,7 @@ def load(path: Path) -> tuple[Rows, Settings] | None:
             saved["candidates"],
             tuple(saved["dims"]),
             tuple(saved["precisions"]),
+            saved.get("target_instruction", ""),
         )
         offsets, flat = arrays["offsets"], arrays["candidates"]
         query = arrays["query_index"]

@@ -10,6 +10,7 @@ share the inputs and give the result of one; a shard embeds its part and leaves 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from vlm2vec_jax.evaluation.embedding import (
     Plan,
     Source,
     plan_subset,
+    tells_roles,
 )
 from vlm2vec_jax.evaluation.hosts import Hosts
 from vlm2vec_jax.evaluation.rows import Settings
@@ -43,6 +45,7 @@ def evaluate(
     image_root: str | os.PathLike | None = None,
     follow_symlinks: bool = False,
     settings: Settings | None = None,
+    target_instruction: str | None = None,
     encode_options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda message: None,
     hosts: Hosts | None = None,
@@ -60,6 +63,8 @@ def evaluate(
       image_root: what image paths are relative to; found in or below `data` by default.
       follow_symlinks: open images to which a symbolic link leads out of the image root.
       settings: how rows are scored.
+      target_instruction: in place of the encoder's own rule for targets that are text; "" for
+        the data's texts as they are.
       encode_options: passed to `encoder.encode`, such as `progress=True`.
       say: receives one line of text for each thing that a user may want to know.
       hosts: the processes that share the work, each of which calls this with the same arguments.
@@ -93,9 +98,14 @@ def evaluate(
             kept += open_eval(data, [name], **where)
         except UserError:
             say(f"{name}: its score of an earlier run is left out, its data cannot be read now")
-    rule = getattr(encoder, "target_instruction", "")
+    own = getattr(encoder, "target_instruction", "")
+    rule = own if target_instruction is None else target_instruction
     if rule:
-        say("targets that are text have an instruction in front, as in this model's training")
+        why = "as in this model's training" if rule == own else "as was asked for"
+        say(f"targets that are text have an instruction in front, {why}")
+    elif own:
+        say("targets stay without the instruction that this model's training had in front of them")
+    settings = dataclasses.replace(settings or Settings(), target_instruction=rule)
     for source in (*sources, *kept):
         source.target_instruction = rule
     return evaluate_sources(
@@ -174,19 +184,23 @@ def evaluate_sources(
         "encoder": store.plain(dict(encoder.fingerprint())),
     }
     images: dict[Path, str] = {}
-    plans = [plan_subset(source, images, made_with, settings) for source in sources]
-    hosts.same("model, data or flags", store.hash_rows(plan.scored_from for plan in plans))
+
+    def plan(source: Source) -> Plan:
+        return plan_subset(source, images, made_with, settings, tells_roles(encoder))
+
+    plans = [plan(source) for source in sources]
+    hosts.same("model, data or flags", store.hash_rows(one.scored_from for one in plans))
     scores: dict[str, dict[str, Any]] = {}
     pending = []
-    for plan in plans:
+    for one in plans:
         # Only process 0 need see the folder.
-        found, why_not = judging.finished(output, plan) if hosts.writes else (None, "")
+        found, why_not = judging.finished(output, one) if hosts.writes else (None, "")
         if hosts.agree(found is not None):
-            scores[plan.subset] = found or {}
+            scores[one.subset] = found or {}
         else:
             if why_not:
-                say(f"{plan.subset}: {why_not}; evaluated again")
-            pending.append(plan)
+                say(f"{one.subset}: {why_not}; evaluated again")
+            pending.append(one)
     if scores:
         say(f"already evaluated, taken from {output}: {', '.join(scores)}")
 
@@ -198,8 +212,8 @@ def evaluate_sources(
         )
 
     if shard is not None:
-        for plan in pending:
-            rows.save(output, plan, settings)
+        for one in pending:
+            rows.save(output, one, settings)
     work = Embedding(
         encoder, pending, output, encode_options or {}, inputs_at_once, say, hosts, shard
     )
@@ -209,19 +223,18 @@ def evaluate_sources(
             f"shard {shard[0]} of {shard[1]} is embedded; bring the folders of all shards together "
             f"with python -m vlm2vec_jax.evaluation.merge"
         )
-        return {"shard": list(shard), "subsets": [p.subset for p in plans], **made_with}
+        return {"shard": list(shard), "subsets": [one.subset for one in plans], **made_with}
     result: list[dict[str, Any]] = []
 
     def together() -> None:
         for source in others:
-            plan = plan_subset(source, images, made_with, settings)
-            found, why_not = judging.finished(output, plan)
+            found, why_not = judging.finished(output, plan(source))
             if found is not None:
-                scores[plan.subset] = found
-                say(f"{plan.subset}: scored by an earlier run of the same model, joins the table")
+                scores[source.subset] = found
+                say(f"{source.subset}: scored by an earlier run of the same model, joins the table")
             else:
                 why_not = why_not or "not complete"
-                say(f"{plan.subset}: not chosen and left out of the table, {why_not}")
+                say(f"{source.subset}: not chosen and left out of the table, {why_not}")
         result.append(results.write(output, scores, settings, made_with, say))
 
     error = None

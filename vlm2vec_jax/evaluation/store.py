@@ -31,8 +31,11 @@ from vlm2vec_jax.errors import UserError
 FORMAT = 1
 """Version of these files; a file of another version is computed again."""
 
-Key = tuple[str, str]
-"""An input as MMEB names it: (text, image path), either may be empty."""
+Key = tuple[str, ...]
+"""An input as MMEB names it: (text, image path), either may be empty. Where an encoder tells
+queries from targets, its role (`QUERY` or `TARGET`) is the third."""
+
+QUERY, TARGET = "query", "target"
 
 
 def embeddings_path(output: str | os.PathLike, subset: str) -> Path:
@@ -253,7 +256,7 @@ def load_embeddings(
         return None, f"{path.name} cannot be read"
     try:
         different = differences(from_bytes(arrays["fingerprint"]), plain(wanted))
-        keys = [(str(text), str(image)) for text, image in from_bytes(arrays["keys"])]
+        keys = keys_of(arrays["keys"])
     except (ValueError, TypeError):
         return None, f"{path.name} cannot be read"
     if different:
@@ -285,6 +288,18 @@ def read_npz(path: str | os.PathLike, names: Sequence[str]) -> dict[str, np.ndar
 def as_bytes(value: Any) -> np.ndarray:
     """A json-able value as UTF-8 in an array of bytes."""
     return np.frombuffer(json.dumps(value, default=str).encode(), np.uint8)
+
+
+def keys_of(array: np.ndarray) -> list[Key]:
+    """Keys that were kept by `as_bytes`.
+
+    Raises:
+      ValueError: if they are none.
+    """
+    found = [tuple(map(str, key)) for key in from_bytes(array)]
+    if any(len(key) not in (2, 3) for key in found):
+        raise ValueError("keys are (text, image), or (text, image, role)")
+    return found
 
 
 def from_bytes(array: np.ndarray) -> Any:
