@@ -77,7 +77,12 @@ def test_what_training_asks_of_a_source(both):
     orders = [Mixture(s, 0).batch_indices(3, 4).tolist() for s in (stored, plain)]
     assert orders[0] == orders[1]
     # A run goes on from either: also where one has no negatives as null and the other as [].
-    assert Mixture(stored, 0).fingerprint(4) == Mixture(plain, 0).fingerprint(4)
+    prints = [Mixture(s, 0).fingerprint(4) for s in (stored, plain)]
+    samples = [p["subsets"]["B-2"].pop("sample_sha256") for p in prints]
+    assert samples[0] != samples[1]
+    for one in prints:
+        one["subsets"]["A"].pop("sample_sha256")
+    assert prints[0] == prints[1]
     for source in (*stored, *plain):
         source.target_instruction = "Say:"
     assert stored[1][4].positive.text == plain[1][4].positive.text == "Say: B-2 target 4\n"

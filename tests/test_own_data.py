@@ -36,7 +36,7 @@ def run(repository, tmp_path, data, name, *more) -> list[float]:
     output = tmp_path / name
     fields = {
         "model.path": mini_model(tmp_path), "data.path": data, "output": output, "steps": 4,
-        "mesh.data": 1, "data.max_len": 128, "packing.row_tokens": 1024,
+        "mesh.data": 1, "data.max_len": 128, "packing.row_tokens": 512, "checkpoint.every": 2,
     }  # fmt: skip
     argv = ["train", "--config", f"{repository / 'configs/own_data.py'}:mini"]
     argv += [f"--config.{field}={value}" for field, value in fields.items()]
@@ -67,13 +67,13 @@ def test_the_page_shows_rows_that_can_be_read(repository):
 
 
 @pytest.mark.slow
-def test_the_example_trains_on_a_cpu_and_from_records_to_the_same_loss(
-    repository, example, tmp_path
-):
+def test_the_example_trains_on_a_cpu_and_goes_on_from_records(repository, example, tmp_path):
     straight = run(repository, tmp_path, example / "pairs.jsonl", "straight")
     assert len(straight) == 4 and all(0 < loss < 10 for loss in straight)
     assert straight[-1] < straight[0]
     argv = ["prepare", "--data", str(example), "--tfds", str(tmp_path / "records")]
     assert flags.call(prepare.main, prepare.define, argv) == 0
-    again = run(repository, tmp_path, tmp_path / "records", "records")
+    # Of the last two steps nothing is left but the checkpoint before them.
+    shutil.rmtree(tmp_path / "straight" / "checkpoints" / "4")
+    again = run(repository, tmp_path, tmp_path / "records", "straight")
     assert again == pytest.approx(straight, rel=1e-5)

@@ -137,7 +137,9 @@ def path_of(value: Any, keep: Keep) -> str | None:
     if content is None or isinstance(value, str) and content is value:
         return value or None
     if not isinstance(content, bytes):
-        raise UserError(f"the bytes of an image are of type {type(content).__name__}")
+        raise UserError(
+            f"the bytes of an image are of type {type(content).__name__}; give the path of a file"
+        )
     return keep(content)
 
 

@@ -222,7 +222,7 @@ class Mixture:
                     "rows": len(source),
                     "rows_in_file": len(source.table),
                     "rows_sha256": hashlib.sha256(source.rows.astype("<i8").tobytes()).hexdigest(),
-                    "sample_sha256": _sample(source),
+                    **_sample(source),
                 }
                 for source in self.sources
             },
@@ -256,14 +256,22 @@ def _in_proportion(shares: np.ndarray, total: int) -> np.ndarray:
     return np.maximum(counts, 1)
 
 
-def _sample(source: TrainSource) -> str:
-    """A hash of some of a source's rows: tells data apart that has been changed in place."""
+def _sample(source: TrainSource) -> dict[str, str]:
+    """Hashes of some of a source's rows: tell data apart that has been changed in place.
+
+    That of the contents is the same in every layout; that of the columns is what older checkpoints
+    are compared by.
+    """
     count = len(source)
     chosen = np.unique(np.linspace(0, max(count - 1, 0), min(count, _SAMPLED_ROWS)).astype(int))
     rows = source.rows[chosen] if count else []
     stored = source.table.take(rows) if count else []
     content = [_content(source, int(row), one) for row, one in zip(rows, stored, strict=True)]
-    text = json.dumps(content, sort_keys=True, default=str)
+    return {"sample_sha256": _hash(list(stored)), "content_sha256": _hash(content)}
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from vlm2vec_jax.data.arrow import STRING, STRINGS
 from vlm2vec_jax.data.embedded import PREFIX
 from vlm2vec_jax.data.folders import EVAL_COLUMNS
@@ -30,7 +32,9 @@ NAME = "vlm2vec_eval"
 IMAGES = "_images"
 """What the name of the split of images has behind that of the rows."""
 
-_TYPES = dict(zip(EVAL_COLUMNS, (STRING, STRING, STRINGS, STRINGS), strict=True))
+_TYPES: dict[str, pa.DataType] = dict(
+    zip(EVAL_COLUMNS, (STRING, STRING, STRINGS, STRINGS), strict=True)
+)
 
 
 def _features(features: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from PIL import Image
 
 from vlm2vec_jax.data.arrow import STRING, STRINGS
@@ -31,7 +32,7 @@ from vlm2vec_jax.inputs import MultimodalInput
 NAME = "vlm2vec_pairs"
 SIDES = ("query", "positive")
 
-_TYPES = dict(
+_TYPES: dict[str, pa.DataType] = dict(
     zip(
         (*TRAIN_COLUMNS, *NEGATIVE_COLUMNS),
         (STRING, STRING, STRING, STRING, STRINGS, STRINGS),

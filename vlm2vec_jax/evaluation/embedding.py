@@ -61,7 +61,7 @@ class Source(Protocol):
 
     def __getitem__(self, index: int, /) -> Any: ...
 
-    def input(self, key: Key, /) -> MultimodalInput:
+    def input(self, key: tuple[str, str], /) -> MultimodalInput:
         """The input that a key stands for, its images as paths."""
         ...
 
@@ -113,7 +113,7 @@ def plan_subset(
     identities, files = [], {}
     for key in keys:
         paths = []
-        images_of_key = source.input(key[:2]).images
+        images_of_key = source.input((key[0], key[1])).images
         for k, image in enumerate(images_of_key):
             if not isinstance(image, (str, os.PathLike)):
                 raise TypeError("an evaluation source names images by path")
@@ -192,7 +192,7 @@ class Embedding:
                 if self.mine is not None and identity not in self.mine:
                     continue
                 if not any(identity in known for known in (self.held, stored, fresh)):
-                    fresh[identity] = plan.source.input(key[:2])
+                    fresh[identity] = plan.source.input((key[0], key[1]))
             self._tell(number, plan, len(fresh) - before, len(there), path.name)
             waiting.append(plan)
             # A subset that is there already need not wait for others.

@@ -104,7 +104,9 @@ class Endpoint:
                 f"--endpoint_input_type {','.join(kinds)}: one word for all inputs, or one for "
                 f"queries and one for targets"
             )
-        self.input_types = dict(zip((store.QUERY, store.TARGET), kinds * 2, strict=False))
+        self.input_types: dict[str, str] = {}
+        if kinds:
+            self.input_types = {store.QUERY: kinds[0], store.TARGET: kinds[-1]}
         self.tells_roles = len(set(kinds)) > 1
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:

@@ -85,9 +85,12 @@ def resume(
     meta = checkpoints.read_meta()
     if meta is not None:
         before = config_lib.from_dict(meta["config"])
+        # Wherever the data lies and in whatever layout: the mixture's fingerprint says what it is.
+        before.data.path = config.data.path
         problems = config_lib.diff(before, config, deciding_only=True)
-        now = data.fingerprint
-        problems += [f"data: {line}" for line in explain_difference(meta["mixture"], now)]
+        mixture, now = meta["mixture"], data.fingerprint
+        ignore = _sample_of_columns(mixture)
+        problems += [f"data: {line}" for line in explain_difference(mixture, now, ignore)]
         trained_from = meta.get("record", {}).get("base", {}).get("identity")
         if trained_from and trained_from != identity(local_folder(config.model.path)):
             problems.append(f"model.path: {config.model.path} holds other weights than before")
@@ -102,6 +105,13 @@ def resume(
     step, state, meta = found
     trainer.restore(state)
     return step, meta
+
+
+def _sample_of_columns(mixture: dict[str, Any]) -> tuple[str, ...]:
+    """Which of the two hashes of rows not to compare: older checkpoints have that of columns."""
+    newer = all("content_sha256" in subset for subset in mixture["subsets"].values())
+    unused = "sample_sha256" if newer else "content_sha256"
+    return tuple(f"subsets.{name}.{unused}" for name in mixture["subsets"])
 
 
 def shapes_of(meta: dict[str, Any], packing: dict[str, Any]) -> tuple[ChunkShape, ...]:

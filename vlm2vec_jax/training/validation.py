@@ -26,7 +26,6 @@ from vlm2vec_jax.evaluation import judging
 from vlm2vec_jax.evaluation.embedding import Source, plan_subset
 from vlm2vec_jax.evaluation.rows import Settings
 from vlm2vec_jax.evaluation.run import choose_subsets
-from vlm2vec_jax.evaluation.store import Key
 from vlm2vec_jax.inputs import MultimodalInput
 from vlm2vec_jax.models.base import Processor
 from vlm2vec_jax.models.loading import Model
@@ -55,7 +54,7 @@ class _Head:
     def __getitem__(self, index: int, /) -> Any:
         return self._source[index]
 
-    def input(self, key: Key, /) -> MultimodalInput:
+    def input(self, key: tuple[str, str], /) -> MultimodalInput:
         return self._source.input(key)
 
 
@@ -88,7 +87,7 @@ class Validation:
             for key, identity in zip(plan.keys, plan.identities, strict=True):
                 if identity not in inputs:
                     inputs[identity] = len(self._items)
-                    self._items.append(plan.source.input(key))
+                    self._items.append(plan.source.input((key[0], key[1])))
                 places.append(inputs[identity])
             self._index.append(np.array(places))
         mesh = trainer.mesh
