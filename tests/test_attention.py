@@ -132,6 +132,30 @@ def test_a_kernel_of_another_platform_is_a_users_error(kind, needs):
         attend(x, x, x, implementation=kind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "visibility", "call"),
+    [
+        pytest.param("triton", packed(2, 129), "__gpu$xla.gpu.triton", marks=pytest.mark.slow),
+        ("cudnn", None, "__cudnn$fmhaSoftmax"),
+    ],
+)
+def test_kernels_of_cards_are_lowered_without_one(kind, visibility, call, monkeypatch):
+    """Forward and backward, at Phi-3's head width and CLIP's odd length."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    # The one thing that jax asks a card for; the version is one of 2025.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+    x = jax.ShapeDtypeStruct((2, 129, 2, 96), jnp.bfloat16)
+
+    def total(q, k, v):
+        return attend(q, k, v, visibility, implementation=kind).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(x, x, x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(f'custom_call @"{call}') + text.count(f"custom_call @{call}") >= 2
+
+
 def test_memory_of_the_plain_form_does_not_grow_with_the_square(monkeypatch):
     monkeypatch.setattr(attention, "_MOST_LOGITS", 1 << 17)
     monkeypatch.setattr(attention, "_BLOCK_LOGITS", 1 << 15)

@@ -35,10 +35,25 @@ def cudnn_takes(q: jax.Array) -> bool:
 def attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v by cuDNN; q [R, T, N, H], k and v [R, S, K, H].
 
+    Lengths that are no multiple of 8 are filled up and told: jax refuses to differentiate odd ones
+    (CLIP's 577), a mask or none.
+
     Raises:
       RuntimeError: if there is no cuDNN.
     """
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    rows, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
+    if tokens % 8 == 0 and keys % 8 == 0:
+        return attend(q, k, v)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)]) for x in (q, k, v))
+    out = attend(
+        q,
+        k,
+        v,
+        query_seq_lengths=jnp.full((rows,), tokens, jnp.int32),
+        key_value_seq_lengths=jnp.full((rows,), keys, jnp.int32),
+    )
+    return out[:, :tokens]
 
 
 def attend_triton(

@@ -63,23 +63,44 @@ def attend(
         key_segments = jnp.zeros(k.shape[:2], jnp.int32)
     kernel = _kernel(q.shape[2], rows_q, rows_kv, block_q, block_kv, causal, window, interpret)
 
-    # The kernel multiplies bfloat16 only as such, whatever precision products have elsewhere.
-    precision = "default" if q.dtype == jnp.bfloat16 else jax.config.jax_default_matmul_precision
     scaled = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
     operands = [
         jnp.swapaxes(_longer(x, length), 1, 2)
         for x, length in ((scaled, rows_q), (k, rows_kv), (v, rows_kv))
     ]
-    with jax.default_matmul_precision(precision):
-        if query_segments is None or key_segments is None:
-            out = jax.vmap(kernel)(*operands)
-        else:
-            # Filled up with a segment of its own, which no real token sees.
-            ids = splash.SegmentIds(
-                _longer(query_segments, rows_q, -1), _longer(key_segments, rows_kv, -1)
-            )
-            out = jax.vmap(kernel)(*operands, ids)
-    return jnp.swapaxes(out, 1, 2)[:, :tokens]
+    ids = None
+    if query_segments is not None and key_segments is not None:
+        # Filled up with a segment of its own, which no real token sees.
+        ids = splash.SegmentIds(
+            _longer(query_segments, rows_q, -1), _longer(key_segments, rows_kv, -1)
+        )
+    run = _run if q.dtype == jnp.bfloat16 else _by_rows
+    return jnp.swapaxes(run(kernel, *operands, ids), 1, 2)[:, :tokens]
+
+
+def _by_rows(kernel, q, k, v, ids):
+    return jax.vmap(kernel)(q, k, v, ids)
+
+
+# The kernel multiplies bfloat16 only as such, also where `jax_default_matmul_precision` asks for
+# more; and its backward pass is traced when the caller's context is long gone.
+@jax.custom_vjp
+def _run(kernel, q, k, v, ids):
+    with jax.default_matmul_precision("default"):
+        return _by_rows(kernel, q, k, v, ids)
+
+
+def _run_forward(kernel, q, k, v, ids):
+    with jax.default_matmul_precision("default"):
+        return jax.vjp(lambda q, k, v: _by_rows(kernel, q, k, v, ids), q, k, v)
+
+
+def _run_backward(back, cotangent):
+    with jax.default_matmul_precision("default"):
+        return (None, *back(cotangent), None)
+
+
+_run.defvjp(_run_forward, _run_backward)
 
 
 def block(length: int, *, causal: bool = False, window: int | None = None) -> int:
