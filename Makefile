@@ -3,6 +3,7 @@
 # make test       all tests that need neither an accelerator nor real weights
 # make test-fast  the same without the slow ones
 # make test-torch what needs torch, transformers' models and peft; in an environment of its own
+# make test-old-peft  our adapters in PEFT 0.11 and 0.13, each in an environment of its own
 # make test-optional  those that need ray, lancedb and faiss, in an environment of their own
 # make bench      measure on the device that is here: a table, and a file in benchmarks/results
 # make lint       ruff (lint and format), pyright, shellcheck
@@ -13,6 +14,7 @@
 
 VENV ?= .venv
 VENV_TORCH ?= .venv-torch
+VENV_PEFT ?= .venv-peft
 PY := $(VENV)/bin/python
 DEMO := runs/demo
 DEMO_ENV := JAX_PLATFORMS=cpu
@@ -24,7 +26,7 @@ REQUIREMENTS := pyproject.toml requirements.txt requirements-dev.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: demo test test-fast test-torch test-optional bench lint clean
+.PHONY: demo test test-fast test-torch test-old-peft test-optional bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -60,6 +62,13 @@ test-fast: $(VENV)/.installed-dev
 test-torch: $(VENV_TORCH)/.installed
 	$(VENV_TORCH)/bin/python -m pytest -m torch $(ARGS)
 
+empty :=
+space := $(empty) $(empty)
+OLD_PEFT := $(VENV_PEFT)-0.11 $(VENV_PEFT)-0.13
+test-old-peft: $(VENV)/.installed-dev $(OLD_PEFT:%=%/.installed)
+	OLD_PEFT=$(subst $(space),:,$(abspath $(OLD_PEFT:%=%/bin/python))) \
+	    $(PY) -m pytest -m torch tests/test_old_peft.py $(ARGS)
+
 test-optional:
 	$(MAKE) VENV=$(VENV)-optional $(VENV)-optional/.installed-optional
 	$(VENV)-optional/bin/python -m pytest -m ray $(ARGS)
@@ -92,6 +101,12 @@ $(VENV_TORCH)/.installed: pyproject.toml requirements.txt requirements-torch.txt
 	@test -x $(VENV_TORCH)/bin/python || $(PY) -m venv $(VENV_TORCH)
 	@echo "installing torch and what is compared with it (some minutes)"
 	$(VENV_TORCH)/bin/python -m pip install -q -r requirements-torch.txt
+	@touch $@
+
+$(VENV_PEFT)-%/.installed: tests/tools/peft-%.txt | $(PY)
+	@test -x $(@D)/bin/python || $(PY) -m venv $(@D)
+	@echo "installing PEFT $* and what goes with it (some minutes)"
+	$(@D)/bin/python -m pip install -q -r $<
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml requirements.txt | $(PY)

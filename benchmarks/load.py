@@ -7,8 +7,10 @@ Writes a bf16 checkpoint of the published model's shape with fewer layers (all o
 published; `--gigabytes 8.3` is the whole model), loads it on two simulated devices with the
 backbone's sharding, and reads its files from front to back. The page cache is emptied of the files
 before each turn. Wall seconds count waiting for the disk and for other programs, CPU seconds what
-the loader itself does. Memory is that of a process of its own, above what it held before, less the
-model, which on a CPU lies in host memory, too. The checkpoint is removed afterwards.
+the loader itself does. Its parts are measured by themselves, too: setting the model up, and
+for each gigabyte copying it out of the page cache, looking for what is not finite, and turning it.
+Memory is that of a process of its own, above what it held before, less the model, which on a CPU
+lies in host memory, too. The checkpoint is removed afterwards.
 """
 
 from __future__ import annotations
@@ -77,10 +79,13 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "benchmarks.load", "--memory_of", str(folder)]
     child = subprocess.run(command, capture_output=True, text=True, check=True)
     held = int(child.stdout.split()[-1]) - size
+    parts = cpu_seconds_of_parts(folder, files)
     busy = {name: size / statistics.median(times) / 1e6 for name, times in spent.items()}
     print(f"{size / 1e9:.2f} GB in {len(files)} files, {layers} decoder layers, two devices")
     print(f"load {rate['load']:.0f} MB/s, plain reading {rate['read']:.0f} MB/s, ratio {ratio:.2f}")
     print(f"per CPU second: load {busy['load']:.0f} MB, plain reading {busy['read']:.0f} MB")
+    told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+    print(f"CPU seconds of the parts: {told}")
     print(
         f"host memory beside the model: {held / 1e6:.0f} MB at most; "
         f"limit {limit / 1e6:.0f} MB (the largest file and 1 GB)"
@@ -100,6 +105,7 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
         "seconds_ratio_load_to_read": ratio,
         "load_MB_per_cpu_s": busy["load"],
         "read_MB_per_cpu_s": busy["read"],
+        "cpu_seconds_of_parts": parts,
         "seconds": seconds,
         "cpu_seconds": spent,
         "peak_bytes_beside_the_model": held,
@@ -170,6 +176,42 @@ def load(folder: Path):
     model = load_model(folder, dtype_of=lambda path: jnp.bfloat16, mesh=make_mesh(1, 2))
     jax.block_until_ready(list(flatten(model.module).values()))
     return model
+
+
+def cpu_seconds_of_parts(folder: Path, files: list[Path]) -> dict[str, float]:
+    """Setting the model up, and what is done to each gigabyte of a cached file, block by block."""
+    import ml_dtypes
+    import numpy as np
+
+    from vlm2vec_jax.models.loading import abstract_model
+    from vlm2vec_jax.weights.arrays import all_finite, copy_cast
+
+    rows, columns, turns = 170, 3072, 200
+    block = np.empty((rows, columns), ml_dtypes.bfloat16)
+    target = np.zeros((columns, rows * 8), ml_dtypes.bfloat16)
+    view = memoryview(block.reshape(-1).view(np.uint8))
+    gigabytes = turns * block.nbytes / 1e9
+
+    def timed(work) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    with files[0].open("rb", buffering=0) as file:
+
+        def fill():
+            file.seek(1 << 12)
+            for _ in range(turns):
+                if file.readinto(view) < len(view):
+                    file.seek(1 << 12)
+
+        fill()
+        found = {"set-up": timed(lambda: abstract_model(folder))}
+        found["copying 1 GB"] = timed(fill) / gigabytes
+    look = timed(lambda: [all_finite(block) for _ in range(turns)])
+    spans = [slice(rows * (i % 8), rows * (i % 8 + 1)) for i in range(turns)]
+    turn = timed(lambda: [copy_cast(target[:, span], block.T) for span in spans])
+    return {**found, "looking at 1 GB": look / gigabytes, "turning 1 GB": turn / gigabytes}
 
 
 def read(files: list[Path]) -> None:

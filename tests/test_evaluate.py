@@ -56,11 +56,28 @@ def test_flags_reach_the_model_and_scores_the_disk(data, tmp_path, loaded, capsy
         "--output",
         output,
     ]
-    argv += ["--dtype", "float32", "--num_crops", 4, "--max_len", 256, "--batch_tokens", 4096]
+    argv += [
+        "--quantize",
+        "int8",
+        "--dtype",
+        "float32",
+        "--num_crops",
+        4,
+        "--max_len",
+        256,
+        "--batch_tokens",
+        4096,
+    ]
     assert call(*argv, "--subsets", "MSCOCO_t2i,ImageNet_1K") == 0
     assert loaded[0] == (
         "some/model",
-        {"adapter": "some/adapter", "dtype": "float32", "num_crops": 4, "max_len": 256},
+        {
+            "adapter": "some/adapter",
+            "dtype": "float32",
+            "quantize": "int8",
+            "num_crops": 4,
+            "max_len": 256,
+        },
     )
     assert loaded[1:] == [(24, 4096, True)]
     scores = json.loads((output / "scores.json").read_text())

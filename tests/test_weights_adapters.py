@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT adapters: targets, tensors both ways, merging, and everything that does not fit."""
 
+import dataclasses
 import json
 import shutil
 
@@ -173,6 +174,20 @@ def test_rank_and_alpha_patterns(table):
     }
     ours = AdapterConfig(targets=("qkv_proj",), layers=(1,), layers_pattern=("layers",))
     assert list(resolve(ours, table)) == ["decoder/layers/attn/qkv"]
+
+
+def test_patterns_that_an_old_peft_reads_otherwise_are_written_by_name(goldens):
+    table = phi3v_table(phi3v_config.from_hf(goldens / "tiny_mha"))
+    config = AdapterConfig(rank=8, alpha=16, targets=("qkv_proj", "down_proj"))
+    # PEFT up to 0.13 takes rank and alpha from one and the same pattern.
+    same = dataclasses.replace(config, rank_pattern={"down_proj": 2})
+    assert peft_config(same, table=table)["rank_pattern"] == {"down_proj": 2}
+    other = dataclasses.replace(same, alpha_pattern={"layers.1.mlp.down_proj": 4})
+    written = peft_config(other, table=table)
+    name = "model.layers.{}.mlp.down_proj"
+    assert written["rank_pattern"] == {name.format(i): 2 for i in range(3)}
+    assert written["alpha_pattern"] == {name.format(i): 4 if i == 1 else 16 for i in range(3)}
+    assert resolve(config_from_dict(written), table) == resolve(other, table)
 
 
 def test_settings_of_newer_versions_that_change_nothing_are_read(goldens, tmp_path):

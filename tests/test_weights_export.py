@@ -15,7 +15,8 @@ from vlm2vec_jax.models.phi3v.weights import table as phi3v_table
 from vlm2vec_jax.weights import export, safetensors
 from vlm2vec_jax.weights.adapters import load_adapter, merge
 from vlm2vec_jax.weights.export import export_hf, export_merged, export_peft, staged
-from vlm2vec_jax.weights.load import abstract_from, load, load_host
+from vlm2vec_jax.weights.load import load, load_host
+from vlm2vec_jax.weights.matching import abstract_from
 from vlm2vec_jax.weights.safetensors import Checkpoint
 
 RECORD = {"backbone": "phi3_v", "pooling": "last"}

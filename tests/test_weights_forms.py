@@ -20,8 +20,9 @@ from vlm2vec_jax.models.phi3v.weights import table as phi3v_table
 from vlm2vec_jax.nn.linear import linears
 from vlm2vec_jax.weights.adapter_config import config_from_dict, peft_config, read_config, resolve
 from vlm2vec_jax.weights.adapters import adapter_tensors, load_adapter, merge
+from vlm2vec_jax.weights.arrays import all_finite
 from vlm2vec_jax.weights.export import export_hf, export_peft
-from vlm2vec_jax.weights.load import all_finite, load_host
+from vlm2vec_jax.weights.load import load_host
 from vlm2vec_jax.weights.safetensors import Checkpoint, write
 
 VISION = "model.vision_embed_tokens.img_processor."

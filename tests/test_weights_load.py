@@ -14,7 +14,9 @@ from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.models.phi3v import config as phi3v_config
 from vlm2vec_jax.models.phi3v.model import Phi3V
 from vlm2vec_jax.models.phi3v.weights import table as phi3v_table
-from vlm2vec_jax.weights.load import abstract_from, copy_cast, load, load_host, match
+from vlm2vec_jax.weights.arrays import copy_cast
+from vlm2vec_jax.weights.load import load, load_host
+from vlm2vec_jax.weights.matching import abstract_from, match
 from vlm2vec_jax.weights.rules import Rule, Table
 from vlm2vec_jax.weights.safetensors import Checkpoint, write
 
@@ -204,8 +206,8 @@ class Counting(Checkpoint):
 
     elements = 0
 
-    def read(self, name, index=None):
-        array = super().read(name, index)
+    def read(self, name, index=None, out=None):
+        array = super().read(name, index, out)
         self.elements += array.size
         return array
 
@@ -275,7 +277,7 @@ def test_tiled_copy_equals_plain_copy(shape, kinds):
 
 def test_copies_are_compared_to_the_last_block(goldens, tmp_path, monkeypatch):
     folder, table, original = tiny(goldens)
-    monkeypatch.setattr("vlm2vec_jax.weights.load._BLOCK_BYTES", 10_000)
+    monkeypatch.setattr("vlm2vec_jax.weights.matching._BLOCK_BYTES", 10_000)
     made = saved(tmp_path / "equal", {**original, WTE: original[EMBED]})
     load_from(made, table, wanted(folder, table))
     copy = original[EMBED].copy()

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.weights.safetensors import INDEX, SINGLE, Checkpoint, write
+from vlm2vec_jax.weights.files import INDEX, SINGLE
+from vlm2vec_jax.weights.safetensors import Checkpoint, write
 
 
 @pytest.fixture

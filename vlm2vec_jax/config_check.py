@@ -164,6 +164,8 @@ def _wrong_values(values: Mapping[str, Any]) -> list[str]:
         for p, words in CHOICES.items()
         if p in values and values[p] not in words
     ]
+    if values.get("model.dtype") in ("int8", "fp8"):
+        problems.append("8-bit weights are for inference: --quantize of embed and evaluate")
     problems += [
         f"{p} must be at least {least}, not {values[p]}"
         for p, least in _AT_LEAST.items()

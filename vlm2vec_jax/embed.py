@@ -21,11 +21,14 @@ from absl import flags
 
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.flags import (
+    define_compilation_cache,
     define_processes,
     define_processor_options,
+    define_quantize,
     join_processes,
     processor_options,
     run,
+    use_compilation_cache,
 )
 
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
@@ -52,7 +55,9 @@ def define(values: flags.FlagValues) -> None:
     text("input", "a jsonl file, a parquet file or folder of them, or a folder of images", True)
     text("output", "the file to write: .npz, .parquet or .lance", True)
     choice("dtype", "bfloat16", ["bfloat16", "float32"], "of the computation")
+    define_quantize(values)
     define_processor_options(values)
+    define_compilation_cache(values)
     number("batch_tokens", "tokens embedded at a time; chosen for the device by default")
     text("text_column", "of parquet files; `text` by default")
     text("image_column", "of parquet files; `images` or `image` by default")
@@ -130,6 +135,7 @@ class LocalEmbedder:
         """
         from vlm2vec_jax.embedder import Embedder
 
+        use_compilation_cache(args)
         self._args, self._task = args, task
         self._options = encode_options(args)
         chosen = {k: getattr(args, k) for k in ("devices", "workers") if getattr(args, k)}
@@ -225,6 +231,7 @@ def model_arguments(args: Any, *, absolute: bool = False) -> dict[str, Any]:
         "path": place(args.model),
         "adapter": place(args.adapter),
         "dtype": args.dtype,
+        **({"quantize": args.quantize} if args.quantize else {}),
         **processor_options(args),
     }
 

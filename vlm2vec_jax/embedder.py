@@ -29,6 +29,7 @@ from vlm2vec_jax.inputs import BadInputs, EncodedInput, raise_bad_inputs
 from vlm2vec_jax.models.base import Processor
 from vlm2vec_jax.models.folders import locate
 from vlm2vec_jax.models.loading import Model, open_processor
+from vlm2vec_jax.nn import quantization
 from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.linear import refresh_dora_norms
 from vlm2vec_jax.packing import PackedBatch, RowShape
@@ -59,7 +60,15 @@ class Embedder(EncodingSettings):
 
     target_instruction: str = ""
 
-    def __init__(self, model: Model, processor: Processor, compute: Compute, mesh: Mesh | None):
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        compute: Compute,
+        mesh: Mesh | None,
+        *,
+        quantize: quantization.Quantization | None = None,
+    ):
         """Use `Embedder.from_pretrained`; this takes what it has loaded."""
         self.processor = processor
         self.backbone = model.backbone.name
@@ -69,9 +78,12 @@ class Embedder(EncodingSettings):
         self._compute = compute
         # DoRA's norms depend on weights alone, and these stay.
         refresh_dora_norms(model.module)
+        self.remarks = list(model.remarks)
+        self._quantize = quantize
+        if quantize is not None:
+            self.remarks.append(quantization.quantize(model.module, quantize).words(quantize))
         graphdef, self._state = nnx.split(model.module)
         self._embed = jax.jit(functools.partial(_embed, graphdef, compute))
-        self.remarks = model.remarks
         self._identity: dict[str, Any] = {}
         self._workers: Workers | None = None
         platform = jax.devices()[0].platform
@@ -105,6 +117,7 @@ class Embedder(EncodingSettings):
         prompts: Mapping[str, str] | None = None,
         default_prompt_name: str | None = None,
         truncate_dim: int | None = None,
+        quantize: str | None = None,
         **options: Any,
     ) -> Embedder:
         """Load a model.
@@ -125,6 +138,9 @@ class Embedder(EncodingSettings):
           prompts: name -> instruction; by default those stored with the model.
           default_prompt_name: the prompt that `encode` uses by itself.
           truncate_dim: see the attribute.
+          quantize: keep the weights of linear layers in 8 bits, `int8` or `fp8`, see
+            `nn.quantization`: half the memory, and slightly other embeddings. (The `quantize` of
+            `encode` is about the vectors.)
           **options: further processor options that the backbone has, see `options.OPTIONS`.
 
         Raises:
@@ -132,12 +148,14 @@ class Embedder(EncodingSettings):
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
+        quantization.check(quantize)
         mesh = mesh_of(devices, mesh)
         source = locate(path, adapter)
         model, trained_as = load_source(source, dtype=dtype, mesh=mesh)
         given = {"num_crops": num_crops, "max_len": max_len, **options}
         processor = open_processor(model, source, given)
-        embedder = cls(model, processor, Compute(dtype, attention), mesh)  # type: ignore[arg-type]
+        compute = Compute(dtype, attention)  # type: ignore[arg-type]
+        embedder = cls(model, processor, compute, mesh, quantize=quantize)  # type: ignore[arg-type]
         embedder._identity = {"base": identity(source.base), **trained_as}
         embedder.target_instruction = (source.record or {}).get("target_instruction", "")
         stored = prompting.stored_prompts(source.record, source.adapter, source.base)
@@ -168,6 +186,7 @@ class Embedder(EncodingSettings):
             "backbone": self.backbone,
             **self._identity,
             "dtype": self._compute.dtype,
+            **({"quantize": self._quantize} if self._quantize else {}),
             "processor": self.processor.settings,
             "tokenizer": self.processor.tokenizer_hash,
         }

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.flags import run
+from vlm2vec_jax.flags import define_compilation_cache, run, use_compilation_cache
 from vlm2vec_jax.models.folders import ModelSource, locate
 from vlm2vec_jax.models.registry import backbone_of
 from vlm2vec_jax.record import make_record
@@ -101,10 +101,12 @@ def define(values: flags.FlagValues) -> None:
         "of merged models: embed some sample inputs before and after, and print the difference",
         flag_values=values,
     )
+    define_compilation_cache(values)
 
 
 def main(args: Any) -> None:
     """Export and say what was written."""
+    use_compilation_cache(args)
     said = export(
         args.checkpoint,
         args.format,

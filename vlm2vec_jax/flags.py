@@ -121,9 +121,44 @@ def define_processor_options(values: flags.FlagValues) -> None:
             flags.DEFINE_integer(name, None, words, lower_bound=1, flag_values=values)
 
 
+def define_quantize(values: flags.FlagValues) -> None:
+    """Add the flag that makes weights narrow."""
+    flags.DEFINE_enum(
+        "quantize",
+        None,
+        ["int8", "fp8"],
+        "keep the weights of linear layers in 8 bits: half the memory, slightly other embeddings",
+        flag_values=values,
+    )
+
+
 def processor_options(args: Any) -> dict[str, Any]:
     """The processor options that were given on the command line."""
     return {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+
+
+def define_compilation_cache(values: flags.FlagValues) -> None:
+    """Add the flag that says where compiled programs are kept."""
+    flags.DEFINE_string(
+        "compilation_cache",
+        "auto",
+        "folder that keeps compiled programs for the next start; auto: the user's cache folder, "
+        "or what JAX_COMPILATION_CACHE_DIR says; off: keep none",
+        flag_values=values,
+    )
+
+
+def use_compilation_cache(args: Any) -> None:
+    """Keep compiled programs as the flag says; call before anything is compiled.
+
+    Args:
+      args: the parsed flags of an entry point that called `define_compilation_cache`.
+    """
+    from vlm2vec_jax.compilation import keep_programs
+
+    problem = keep_programs(args.compilation_cache)
+    if problem:
+        print(f"warning: {problem}", file=sys.stderr)
 
 
 def experiment(args: Any) -> config_lib.Config:

@@ -19,7 +19,7 @@ from absl import flags
 
 from vlm2vec_jax import config as config_lib
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.flags import run
+from vlm2vec_jax.flags import define_compilation_cache, run, use_compilation_cache
 
 
 def define(values: flags.FlagValues) -> None:
@@ -29,6 +29,7 @@ def define(values: flags.FlagValues) -> None:
     text("model", None, "the base model, if it has moved", flag_values=values)
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "compute in this type instead",
                       flag_values=values)  # fmt: skip
+    define_compilation_cache(values)
 
 
 def main(args: Any) -> int:
@@ -42,6 +43,7 @@ def main(args: Any) -> int:
     from vlm2vec_jax.training.checkpoint import Checkpoints
     from vlm2vec_jax.training.step import loss_and_grads
 
+    use_compilation_cache(args)
     folder = Path(args.dump)
     batch, said = dump.read_batch(folder)
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:

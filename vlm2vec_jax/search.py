@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.flags import run
+from vlm2vec_jax.flags import define_compilation_cache, run, use_compilation_cache
 
 PAGE = "search.html"
 
@@ -44,6 +44,7 @@ def define(values: flags.FlagValues) -> None:
     text("faiss_index", "what FAISS builds, in the words of faiss.index_factory; HNSW32 by default")
     text("html", f"write a page of this name; {PAGE} where the terminal shows no pictures")
     flags.DEFINE_bool("json", False, "print a line of json per hit", flag_values=values)
+    define_compilation_cache(values)
 
 
 def main(args: Any) -> None:
@@ -135,9 +136,11 @@ def embed_query(args: Any, index: Any, query: Any) -> Any:
     if not path:
         raise UserError(f"{index.path} does not say where its model is; give --model")
     settings = {k: v for k, v in made["processor"].items() if k in OPTIONS and v is not None}
+    settings["quantize"] = made.get("quantize")
 
     from vlm2vec_jax.embedder import Embedder
 
+    use_compilation_cache(args)
     try:
         embedder = Embedder.from_pretrained(path, adapter, dtype=made["dtype"], **settings)
     except UserError as error:

@@ -30,17 +30,20 @@ from vlm2vec_jax.config import Config
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.flags import (
     INTERRUPTED,
+    define_compilation_cache,
     define_config,
     define_processes,
     experiment,
     join_processes,
     run,
+    use_compilation_cache,
 )
 
 
 def define(values: flags.FlagValues) -> None:
     """Add this command's flags."""
     define_config(values)
+    define_compilation_cache(values)
     define_processes(values)
 
 
@@ -48,6 +51,7 @@ def main(args: Any) -> int:
     """Train as `--config` says."""
     config = experiment(args)
     peers = join_processes(args)
+    use_compilation_cache(args)
     if peers.processes == 1:
         return train(config, peers)
     try:

@@ -9,7 +9,14 @@ from typing import Any
 from absl import flags
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.flags import define_processor_options, join_processes, processor_options
+from vlm2vec_jax.flags import (
+    define_compilation_cache,
+    define_processor_options,
+    define_quantize,
+    join_processes,
+    processor_options,
+    use_compilation_cache,
+)
 
 DTYPES = ("bfloat16", "float32")
 FORMATS = ("messages", "input", "cohere")
@@ -32,7 +39,9 @@ def define_encoder(values: flags.FlagValues) -> None:
     text("model", "a model: an HF folder, a training output folder, or a hub id")
     text("adapter", "a PEFT adapter folder on top of it")
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "type of the computation", flag_values=values)
+    define_quantize(values)
     define_processor_options(values)
+    define_compilation_cache(values)
     number("batch_tokens", "tokens embedded at a time; chosen for the device by default")
     number("devices", "devices of this process to use; all accelerators by default, one CPU")
 
@@ -118,7 +127,8 @@ def make_embedder(args: Any, say: Any) -> tuple[Any, dict[str, Any]]:
     """Our own model on this process's devices."""
     from vlm2vec_jax.embedder import Embedder
 
-    loading: dict[str, Any] = {}
+    use_compilation_cache(args)
+    loading: dict[str, Any] = {"quantize": args.quantize} if args.quantize else {}
     devices = _devices(args.devices)
     if len(devices) > 1:
         loading["devices"] = devices

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm2vec_jax import options as options_lib
+from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.models.base import Backbone, Processor
 from vlm2vec_jax.models.folders import ModelSource, of_the_reference
 from vlm2vec_jax.models.registry import backbone_of
 from vlm2vec_jax.nn.linear import linears
+from vlm2vec_jax.nn.quantization import is_quantized
 from vlm2vec_jax.parallel import sharding
 from vlm2vec_jax.weights.load import load as load_leaves
 from vlm2vec_jax.weights.safetensors import Checkpoint
@@ -225,7 +227,15 @@ def split_trainable(model: Model, *, full: bool) -> tuple[Any, nnx.State, nnx.St
     Args:
       model: adapted or not.
       full: train every leaf that influences an embedding; otherwise the adapters on such leaves.
+
+    Raises:
+      UserError: if the weights were quantized: those are for inference.
     """
+    if is_quantized(model.module):
+        raise UserError(
+            "weights in 8 bits are for inference and cannot be trained, nor can an adapter on "
+            "them; load the model without quantize"
+        )
 
     def trained(path, variable) -> bool:
         name = "/".join(map(str, path))

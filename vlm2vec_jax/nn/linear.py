@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers with LoRA and DoRA as fields, and DoRA's norms.
+"""Linear layers with LoRA and DoRA as fields, and DoRA's norms; narrow kernels for inference.
 
 Kernels are [in, out]; a stack of layers leads every leaf with L. Adapters are float32.
 """
@@ -21,6 +21,10 @@ class AdapterScale(nnx.Variable):
     """s of each layer of a stack, f32 [L], where they differ; never trained."""
 
 
+class KernelScale(nnx.Variable):
+    """What each column of a narrow kernel is multiplied by, f32 [out]; see `nn.quantization`."""
+
+
 class Linear(nnx.Module):
     """y = x W + b, adapted or not.
 
@@ -29,11 +33,15 @@ class Linear(nnx.Module):
     constant in the backward pass. x' is x with dropout; without dropout both products with W
     are one. With `fused_dropout` they are one in training, too: y = (m/n) (x W + s x' A B) + b,
     which drops nothing of the second term and so is the same in the mean over draws.
+
+    For inference the kernel may be narrow (int8 or float8) with a scale per column; products are
+    computed in x's type all the same, in which such numbers are exact.
     """
 
     def __init__(self, din: int, dout: int, *, bias: bool, rngs: nnx.Rngs):
         scale = din**-0.5
         self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (din, dout)))
+        self.kernel_scale: KernelScale | None = nnx.data(None)
         self.bias = nnx.Param(jnp.zeros((dout,))) if bias else None
         # `nnx.data` because an adapter may come later.
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
@@ -49,6 +57,8 @@ class Linear(nnx.Module):
         """Apply to x [..., in]; `key` turns the adapter's dropout on."""
         kernel = self.kernel[...].astype(x.dtype)
         y = x @ kernel
+        if self.kernel_scale is not None:
+            y = (y * self.kernel_scale[...]).astype(x.dtype)
         if self.lora_a is not None:
             y = self._adapt(x, y, kernel, key)
         if self.bias is not None:
@@ -83,6 +93,8 @@ class Linear(nnx.Module):
         """
         exact = jax.lax.Precision.HIGHEST
         w = self.kernel[...].astype(jnp.float32)
+        if self.kernel_scale is not None:
+            w = w * self.kernel_scale[..., None, :]
         a = self.lora_a[...].astype(jnp.float32)
         b = self.lora_b[...].astype(jnp.float32)
         own = jnp.sum(w * w, axis=-2)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vlm2vec_jax.compilation import Programs
 from vlm2vec_jax.data.pipeline import Batches, BatchStats
 from vlm2vec_jax.training.batching import PackedStep
 from vlm2vec_jax.training.checkpoint import Checkpoints
@@ -25,6 +26,9 @@ from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import TrainBatch
 from vlm2vec_jax.training.stopping import Stopping
 from vlm2vec_jax.training.validation import Validation
+
+MANY_PROGRAMS = 10
+"""Programs of a run's step beyond which something about its data keeps growing."""
 
 
 class Finished(NamedTuple):
@@ -99,6 +103,7 @@ class Loop:
         self._skipped, self._stopping = skipped, stopping
         self._dump, self._watch = dump, watch
         self._validation, self._profiler = validation, profiler
+        self._programs = 0
         self._since = time.perf_counter()
 
     def run(self, done: int, last: int) -> bool:
@@ -124,10 +129,14 @@ class Loop:
             trainer = self._trainer
             if self._profiler is not None:
                 self._profiler.before(done + 1)
-            trainer.state, values = self._step_fn(
-                trainer.state, trainer.frozen, trainer.put(batch), self._key
-            )
+            placed = trainer.put(batch)
+            with Programs() as made:
+                trainer.state, values = self._step_fn(
+                    trainer.state, trainer.frozen, placed, self._key
+                )
+            del placed  # donated or not, it is not held for longer than the step
             done += 1
+            self._say(self._compiled(done, made))
             if self._profiler is not None:
                 self._say(self._profiler.after(done, values))
             if pending is not None:
@@ -139,6 +148,7 @@ class Loop:
                 "real_units": packed.real_units,
                 "data_wait_s": waited,
                 "skipped": len(stats.skipped),
+                **({"compile_s": made.seconds} if made.count else {}),
             }
             pending = _Pending(done, values, extra, packed, stats, batch)
             stop = self._stopping.asked(done)
@@ -160,6 +170,22 @@ class Loop:
     def _say(self, message: str | None) -> None:
         if message:
             self._metrics.message(message)
+
+    def _compiled(self, step: int, made: Programs) -> str | None:
+        """What to say of a step that had to be compiled; the first one always is."""
+        self._programs += made.count > 0
+        if not made.count or self._programs == 1:
+            return None
+        words = (
+            f"warning: step {step}: the step was compiled again, which took {made.seconds:.1f} s "
+            f"(program {self._programs} of this run): this batch needs more room than any before"
+        )
+        if self._programs > MANY_PROGRAMS:
+            words += (
+                "; with so many programs set packing.row_tokens, or data.max_len and the like, so "
+                "that inputs are of like lengths"
+            )
+        return words
 
     def _validate(self, pending: _Pending, last: int) -> float | None:
         """Score the parameters behind a step if it is time; its time is not the step's."""

@@ -202,12 +202,13 @@ def peft_config(
       table: needed if layers are excluded, which old versions cannot say: the matched modules are
         then listed one by one.
       layout: transformers generation whose module names are wanted; None leaves targets and
-        patterns as they came.
+        patterns as they came, unless an old PEFT would read the patterns otherwise.
     """
     targets: Any = config.targets
     rank_pattern, alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
     layers: Any = None if config.layers is None else list(config.layers)
-    if config.exclude or layout is not None:
+    patterns = table is not None and (rank_pattern or alpha_pattern)
+    if config.exclude or layout is not None or patterns:
         if table is None:
             raise ValueError("layers can only be listed one by one with the name table")
         targets, rank_pattern, alpha_pattern = listed(config, table, layout)

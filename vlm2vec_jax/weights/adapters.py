@@ -28,9 +28,10 @@ from vlm2vec_jax.weights.adapter_config import (
     AdapterConfig,
     read_config,
 )
-from vlm2vec_jax.weights.load import all_finite
+from vlm2vec_jax.weights.arrays import all_finite
+from vlm2vec_jax.weights.files import ADAPTER
 from vlm2vec_jax.weights.rules import DEFAULT_LAYOUT, Slot, Table, collapse
-from vlm2vec_jax.weights.safetensors import ADAPTER, FLOATS, Checkpoint
+from vlm2vec_jax.weights.safetensors import FLOATS, Checkpoint
 from vlm2vec_jax.weights.targets import AdaptedLinear, resolve, saved_tensors
 
 PREFIX = "base_model.model."

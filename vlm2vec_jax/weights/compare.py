@@ -25,7 +25,12 @@ from absl import flags
 
 from vlm2vec_jax.embedding.loading import load_source
 from vlm2vec_jax.errors import UserError, raise_problems
-from vlm2vec_jax.flags import run, take_arguments
+from vlm2vec_jax.flags import (
+    define_compilation_cache,
+    run,
+    take_arguments,
+    use_compilation_cache,
+)
 from vlm2vec_jax.inputs import MultimodalInput
 from vlm2vec_jax.models.folders import locate
 from vlm2vec_jax.models.loading import abstract_model, flatten
@@ -53,12 +58,14 @@ def define(values: flags.FlagValues) -> None:
     ):
         flags.DEFINE_integer(name, None, words, lower_bound=1, flag_values=values)
     flags.DEFINE_string("json", None, "a file for all numbers", flag_values=values)
+    define_compilation_cache(values)
 
 
 def main(args: Any) -> int:
     """Compare, print, and return the exit code."""
     if len(args.arguments) != 2:
         raise UserError(f"two models must be given, A and B; here are {len(args.arguments)}")
+    use_compilation_cache(args)
     a, b = args.arguments
     items = None if args.input is None else read_inputs(Path(args.input))
     tensors = compare_tensors(a, b)

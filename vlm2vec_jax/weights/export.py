@@ -22,7 +22,7 @@ import numpy as np
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.weights.adapter_config import CONFIG, AdapterConfig, peft_config, resolve
 from vlm2vec_jax.weights.adapters import LEAVES, adapter_tensors, is_adapter_leaf, merge_leaf
-from vlm2vec_jax.weights.load import copy_cast
+from vlm2vec_jax.weights.arrays import copy_cast
 from vlm2vec_jax.weights.rules import DEFAULT_LAYOUT, Table
 from vlm2vec_jax.weights.safetensors import DEFAULT_SHARD_BYTES, Checkpoint, write
 

@@ -3,17 +3,20 @@
 
 Leaves are read and handed to jax one by one, each tensor of the files once for all of this
 process's devices, so that beside the model itself the host never holds more than the largest leaf
-and a few tensors. All names and shapes
-are checked, and every disagreement listed in one error, before the first tensor is read.
+and a few megabytes. All names and shapes are checked, and every disagreement listed in one error,
+before the first tensor is read (`matching`).
+
+A tensor is read in blocks that stay in a processor's cache while they are looked through, cast and
+turned (`arrays`), several at a time: some threads wait for the disk while others compute.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import difflib
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -22,36 +25,21 @@ import jax
 import numpy as np
 
 from vlm2vec_jax.errors import raise_problems
+from vlm2vec_jax.weights.arrays import aligned, all_finite, copy_cast, keeps_finite
+from vlm2vec_jax.weights.matching import abstract_from, count, match
 from vlm2vec_jax.weights.rules import Index, Rule, Table, collapse
-from vlm2vec_jax.weights.safetensors import FLOATS, Checkpoint
+from vlm2vec_jax.weights.safetensors import Checkpoint
 
-_BLOCK_BYTES = 1 << 26
-"""Copies of a tensor are compared in pieces of this many bytes."""
-
-
-_WORKERS = min(4, os.cpu_count() or 1)
-"""Layers of a stack that are read and turned at a time; each holds one tensor meanwhile."""
-_FINITE_BLOCK = 1 << 16
-_BITS = {
-    "bfloat16": (np.uint16, 0x7F80),
-    "float16": (np.uint16, 0x7C00),
-    "float32": (np.uint32, 0x7F800000),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Matched:
-    """A checkpoint whose names and shapes fit.
-
-    Attributes:
-      names: the table's spelling of each tensor -> the file's.
-      skipped: tensors of the file that fill no leaf, with the reason (buffers, copies, not asked).
-      absent: optional tensors that the file lacks; their leaves are zeros.
-    """
-
-    names: dict[str, str]
-    skipped: dict[str, str]
-    absent: tuple[str, ...] = ()
+_WORKERS = min(16, 2 * (os.cpu_count() or 1))
+"""Threads that read; more than processors, because they wait for the disk in turn."""
+_JOB_BYTES = 1 << 24
+"""What a thread takes on at a time."""
+_BLOCK_BYTES = 1 << 21
+"""What it reads at a time; about as much as a processor's second-level cache."""
+_BLOCK_ROWS = 256
+"""Blocks have a multiple of so many rows where they can: turned, whole lines of the cache."""
+_MOST_BYTES = 1 << 23
+"""What a block may be for the sake of its rows."""
 
 
 def load(
@@ -90,23 +78,16 @@ def load(
             f"zero here, and exports leave it out",
             stacklevel=2,
         )
-    bad: dict[str, None] = {}
     out = {}
-    for path, leaf in abstract.items():
-        dtype = np.dtype(leaf.dtype if dtype_of is None else dtype_of(path))
-        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        out[path] = _load_leaf(
-            checkpoint,
-            matched.names,
-            table.by_leaf[path],
-            leaf.shape,
-            dtype,
-            sharding,
-            bad if check_finite else None,
-        )
+    with _Reader(checkpoint, matched.names, check_finite=check_finite) as reader:
+        for path, leaf in abstract.items():
+            dtype = np.dtype(leaf.dtype if dtype_of is None else dtype_of(path))
+            sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            out[path] = _load_leaf(reader, table.by_leaf[path], leaf.shape, dtype, sharding)
+    numbers = sum(leaf.size for leaf in out.values())
     raise_problems(
-        f"{checkpoint.path} holds weights that are not finite in {_size(out)}",
-        [f"{name}{_count(members)}" for name, members in collapse(bad)],
+        f"{checkpoint.path} holds weights that are not finite in {numbers:,} parameters",
+        [f"{name}{count(members)}" for name, members in collapse(sorted(reader.bad))],
     )
     return out
 
@@ -134,176 +115,20 @@ def load_host(
     skip = {*skip, *(headless - set(shapes))}
     names = match(checkpoint, table, shapes, skip=skip).names
     out = {}
-    for path, leaf in shapes.items():
-        spans = tuple(slice(0, size) for size in leaf.shape)
-        kind = np.dtype(leaf.dtype if dtype is None else dtype)
-        parts = _read(checkpoint, names, table.by_leaf[path], [spans], kind, None)
-        out[path] = parts[_key(spans)]
+    with _Reader(checkpoint, names) as reader:
+        for path, leaf in shapes.items():
+            spans = tuple(slice(0, size) for size in leaf.shape)
+            kind = np.dtype(leaf.dtype if dtype is None else dtype)
+            out[path] = reader.read(table.by_leaf[path], [spans], kind)[_key(spans)]
     return out
-
-
-def abstract_from(
-    checkpoint: Checkpoint, table: Table, *, skip: Collection[str] = ()
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the leaves as the file has them; missing tensors leave theirs out.
-
-    Use it where there is no model to ask; `load` then reports what is missing.
-    """
-    names = table.canonical_names(checkpoint.names)
-    out = {}
-    for path, rule in table.by_leaf.items():
-        source = rule.tied_to or rule.names()[0]
-        if path in skip or source not in names:
-            continue
-        shape = rule.our_shape(checkpoint.shape(names[source]))
-        if shape is not None:
-            lead = (rule.depth,) if rule.stacked else ()
-            out[path] = jax.ShapeDtypeStruct(lead + shape, checkpoint.dtype(names[source]))
-    return out
-
-
-def match(
-    checkpoint: Checkpoint,
-    table: Table,
-    abstract: Mapping[str, jax.ShapeDtypeStruct],
-    *,
-    skip: Collection[str] = (),
-) -> Matched:
-    """Hold the names, shapes and types of a checkpoint against the leaves wanted; reads copies.
-
-    Raises:
-      UserError, ValueError: as `load`.
-    """
-    _check_leaves(table, abstract, skip)
-    names = table.canonical_names(checkpoint.names)
-    missing, absent, misshapen, wrong_type = [], [], {}, []
-    for path, leaf in abstract.items():
-        rule = table.by_leaf[path]
-        expected = rule.hf_shape(tuple(leaf.shape[1:] if rule.stacked else leaf.shape))
-        for name in rule.names():
-            if rule.tied_to is not None:
-                # The original is checked for its own leaf; this one has the same numbers.
-                expected = rule.hf_shape(tuple(leaf.shape))
-                name = rule.tied_to
-            if name not in names:
-                (absent if name in table.optional else missing).append(name)
-                continue
-            found = checkpoint.shape(names[name])
-            if found != expected:
-                misshapen.setdefault((found, expected), []).append(name)
-            if checkpoint.dtype_name(names[name]) not in FLOATS:
-                wrong_type.append(f"{name} is {checkpoint.dtype_name(names[name])}")
-    missing = list(dict.fromkeys(missing))
-    unexpected = [name for name in names if not table.knows(name)]
-    problems = _list_missing(missing, unexpected) + _list_unexpected(unexpected, table, missing)
-    problems += [
-        f"misshapen: {label}{_count(members)} is {found} in the file, the model has {expected}"
-        for (found, expected), group in misshapen.items()
-        for label, members in collapse(dict.fromkeys(group))
-    ]
-    problems += [f"no weight: {text}, expected one of {', '.join(FLOATS)}" for text in wrong_type]
-    raise_problems(
-        f"{checkpoint.path} does not fit the model: {len(missing)} missing, {len(unexpected)} "
-        f"unexpected, {sum(map(len, misshapen.values()))} misshapen tensors",
-        problems,
-        advice="Is config.json the one that belongs to these weights?",
-    )
-    skipped = _check_copies(checkpoint, table, names)
-    for name in names:
-        slot = table.slots.get(name)
-        if slot is not None and slot.rule.ours in skip:
-            skipped[name] = f"{slot.rule.ours} is not asked for"
-    return Matched(names, skipped, tuple(absent))
-
-
-def _check_leaves(table: Table, abstract: Mapping[str, Any], skip: Collection[str]) -> None:
-    strange = sorted(set(abstract) - set(table.by_leaf))
-    if strange:
-        raise ValueError(f"leaves without a rule in the name table: {', '.join(strange[:10])}")
-    absent = sorted(set(table.by_leaf) - set(abstract) - set(skip))
-    if absent:
-        raise ValueError(
-            f"leaves of the name table that nobody asked for: {', '.join(absent[:10])}"
-        )
-    for path, leaf in abstract.items():
-        rule = table.by_leaf[path]
-        if rule.stacked and (not leaf.shape or leaf.shape[0] != rule.depth):
-            raise ValueError(f"{path}: shape {leaf.shape}, the table stacks {rule.depth} layers")
-
-
-def _list_missing(missing: list[str], unexpected: list[str]) -> list[str]:
-    lines = []
-    for label, members in collapse(missing):
-        near = difflib.get_close_matches(members[0], unexpected, n=2, cutoff=0.8)
-        hint = f"; the file has, unexpected, {' and '.join(near)}" if near else ""
-        lines.append(f"missing: {label}{_count(members)}{hint}")
-    return lines
-
-
-def _list_unexpected(unexpected: list[str], table: Table, missing: list[str]) -> list[str]:
-    lines = []
-    for label, members in collapse(unexpected):
-        # Names of what is missing are the likelier meaning; they were shown with their hints.
-        near = difflib.get_close_matches(members[0], missing or table.slots, n=1, cutoff=0.8)
-        hint = f"; nearest known: {near[0]}" if near else ""
-        lines.append(f"unexpected: {label}{_count(members)}{hint}")
-    return lines
-
-
-def _count(members: list[str]) -> str:
-    return f" ({len(members)} tensors)" if len(members) > 1 else ""
-
-
-def _size(leaves: Mapping[str, Any]) -> str:
-    return f"{sum(int(np.prod(leaf.shape)) for leaf in leaves.values()):,} parameters"
-
-
-def _check_copies(checkpoint: Checkpoint, table: Table, names: dict[str, str]) -> dict[str, str]:
-    """Compare copies with their originals; returns what fills no leaf, with the reason."""
-    skipped: dict[str, str] = {}
-    problems = []
-    for name in names:
-        original = table.copies.get(name)
-        if original is None:
-            reason = table.skipped(name)
-            if reason is not None:
-                skipped[name] = reason
-        elif original in names and not _equal(checkpoint, names[name], names[original]):
-            problems.append(f"{name} should be an equal copy of {original} and differs")
-        elif original in names:
-            skipped[name] = f"an equal copy of {original}"
-        elif name not in table.slots:
-            problems.append(f"{name} is there, {original}, of which it is a copy, is not")
-    raise_problems(f"{checkpoint.path} contradicts itself", problems)
-    return skipped
-
-
-def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    shape = checkpoint.shape(a)
-    if shape != checkpoint.shape(b):
-        return False
-    if not shape:
-        return bool(checkpoint.read(a) == checkpoint.read(b))
-    row = max(1, int(np.prod(shape[1:])) * checkpoint.dtype(a).itemsize)
-    step = max(1, _BLOCK_BYTES // row)
-    for start in range(0, shape[0], step):
-        rows = (slice(start, start + step), *(slice(None) for _ in shape[1:]))
-        left, right = checkpoint.read(a, rows), checkpoint.read(b, rows)
-        if left.dtype != right.dtype:
-            left, right = left.astype(np.float64), right.astype(np.float64)
-        if not np.array_equal(left, right):
-            return False
-    return True
 
 
 def _load_leaf(
-    checkpoint: Checkpoint,
-    names: Mapping[str, str],
+    reader: _Reader,
     rule: Rule,
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: jax.sharding.Sharding,
-    bad: dict[str, None] | None,
 ) -> jax.Array:
     wanted = {
         device: tuple(slice(*span.indices(size)) for span, size in zip(index, shape, strict=True))
@@ -311,7 +136,7 @@ def _load_leaf(
         if index is not None
     }
     # Devices that hold the same part (replicas) share it.
-    parts = _read(checkpoint, names, rule, list(wanted.values()), dtype, bad)
+    parts = reader.read(rule, list(wanted.values()), dtype)
     return jax.make_array_from_callback(
         shape,
         sharding,
@@ -326,114 +151,148 @@ def _key(spans: Index) -> tuple[tuple[int, int], ...]:
     return tuple((span.start, span.stop) for span in spans)
 
 
-def _read(
-    checkpoint: Checkpoint,
-    names: Mapping[str, str],
-    rule: Rule,
-    wanted: Sequence[Index],
-    dtype: np.dtype,
-    bad: dict[str, None] | None,
-) -> dict[tuple, np.ndarray]:
-    """Read parts of a leaf: for each layer what they need of its tensor, permuted and cast.
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Rows of one tensor, and where they go.
 
-    Every tensor is read once for all parts, unless they lie so far apart (on other hosts' account)
-    that most of what lies between them would be read for nothing.
+    Attributes:
+      name: in the file; None for an optional tensor that it lacks, which becomes zeros.
+      rule: of its leaf.
+      box: the part of the leaf (of its layer, if it is a stack) to read.
+      targets: (part of the leaf, array that holds this part), as far as they have it.
     """
-    spans = {_key(index): index for index in wanted}
-    parts = {
-        key: _aligned([span.stop - span.start for span in index], dtype)
-        for key, index in spans.items()
-    }
-    box = tuple(
-        slice(min(span.start for span in axis), max(span.stop for span in axis))
-        for axis in zip(*spans.values(), strict=True)
-    )
-    whole = math.prod(span.stop - span.start for span in box)
-    if whole > 2 * sum(part.size for part in parts.values()):
-        groups = [(index, {key: index}) for key, index in spans.items()]
-    else:
-        groups = [(box, spans)]
-    jobs = []
-    for outer, members in groups:
-        layers = range(outer[0].start, outer[0].stop) if rule.stacked else (None,)
-        jobs += [(outer, members, layer) for layer in layers]
 
-    def run(job: tuple[Index, Mapping[tuple, Index], int | None]) -> None:
-        outer, members, layer = job
-        inner = outer if layer is None else outer[1:]
-        name = (rule.tied_to or rule.hf) if layer is None else rule.names()[layer]
-        source = None  # optional, as `match` has made sure: zeros
-        if name in names:
-            source = rule.to_ours(checkpoint.read(names[name], rule.hf_index(inner)))
-        for key, index in members.items():
-            target, own = parts[key], index
-            if layer is not None:
-                if not index[0].start <= layer < index[0].stop:
-                    continue
-                target, own = target[layer - index[0].start], index[1:]
-            if source is None:
-                target[...] = 0
+    name: str | None
+    rule: Rule
+    box: Index
+    targets: Sequence[tuple[Index, np.ndarray]]
+
+
+class _Reader:
+    """Reads leaves of a checkpoint with some threads; a context manager.
+
+    Args:
+      checkpoint: open.
+      names: the table's spelling of a tensor -> the file's.
+      check_finite: note in `bad` the tensors with numbers that are not finite after the cast.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, names: Mapping[str, str], *, check_finite: bool = False
+    ):
+        self.bad: set[str] = set()
+        self._checkpoint, self._names, self._check = checkpoint, names, check_finite
+        self._pool = concurrent.futures.ThreadPoolExecutor(_WORKERS, "weights")
+        self._own = threading.local()
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(self, rule: Rule, wanted: Sequence[Index], dtype: np.dtype) -> dict[tuple, np.ndarray]:
+        """Read parts of a leaf: for each layer what they need of its tensor, permuted and cast.
+
+        Every tensor is read once for all parts, unless they lie so far apart (on other hosts'
+        account) that most of what lies between them would be read for nothing.
+        """
+        spans = {_key(index): index for index in wanted}
+        parts = {
+            key: aligned([span.stop - span.start for span in index], dtype)
+            for key, index in spans.items()
+        }
+        box = tuple(
+            slice(min(span.start for span in axis), max(span.stop for span in axis))
+            for axis in zip(*spans.values(), strict=True)
+        )
+        whole = math.prod(span.stop - span.start for span in box)
+        if whole > 2 * sum(part.size for part in parts.values()):
+            groups = [(index, [key]) for key, index in spans.items()]
+        else:
+            groups = [(box, list(spans))]
+        jobs = []
+        for outer, keys in groups:
+            targets = [(spans[key], parts[key]) for key in keys]
+            if not rule.stacked:
+                jobs += self._jobs(rule.tied_to or rule.hf, rule, outer, targets)
                 continue
-            shifted = tuple(
-                slice(s.start - o.start, s.stop - o.start) for s, o in zip(own, inner, strict=True)
-            )
-            copy_cast(target, source[shifted])
-            if bad is not None and not all_finite(target):
-                bad[name] = None
+            for layer in range(outer[0].start, outer[0].stop):
+                inside = [
+                    (index[1:], part[layer - index[0].start])
+                    for index, part in targets
+                    if index[0].start <= layer < index[0].stop
+                ]
+                jobs += self._jobs(rule.names()[layer], rule, outer[1:], inside)
+        if len(jobs) == 1:
+            self._run(jobs[0])
+        else:
+            list(self._pool.map(self._run, jobs))
+        return parts
 
-    if len(jobs) < 2 or _WORKERS < 2:
-        for job in jobs:
-            run(job)
-    else:
-        with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
-            list(pool.map(run, jobs))
-    return parts
+    def _jobs(self, name: str, rule: Rule, box: Index, targets) -> list[_Job]:
+        """The tensor's rows in pieces of about `_JOB_BYTES`."""
+        found = self._names.get(name)
+        if found is None or not box:
+            return [_Job(found, rule, box, targets)]
+        return [
+            _Job(found, rule, piece, targets) for piece in self._cut(found, rule, box, _JOB_BYTES)
+        ]
+
+    def _cut(self, name: str, rule: Rule, box: Index, size: int) -> list[Index]:
+        """Cut a part of a leaf along the rows of the tensor in the file."""
+        axis = rule.rows_axis
+        span = box[axis]
+        count = max(span.stop - span.start, 1)
+        row = math.prod(s.stop - s.start for s in box) // count
+        row *= self._checkpoint.dtype(name).itemsize
+        step = max(1, size // max(row, 1))
+        if step % _BLOCK_ROWS and _BLOCK_ROWS * row <= _MOST_BYTES:
+            step = max(_BLOCK_ROWS, step - step % _BLOCK_ROWS)
+        return [
+            (*box[:axis], slice(start, min(start + step, span.stop)), *box[axis + 1 :])
+            for start in range(span.start, span.stop, step)
+        ]
+
+    def _run(self, job: _Job) -> None:
+        if job.name is None:
+            for _, array in job.targets:
+                array[...] = 0
+            return
+        blocks = self._cut(job.name, job.rule, job.box, _BLOCK_BYTES) if job.box else [job.box]
+        for block in blocks:
+            self._block(job, job.name, block)
+
+    def _block(self, job: _Job, name: str, block: Index) -> None:
+        read = self._checkpoint.read(name, job.rule.hf_index(block), out=self._scratch())
+        source = job.rule.to_ours(read)
+        for index, array in job.targets:
+            shared = [
+                slice(max(a.start, b.start), min(a.stop, b.stop))
+                for a, b in zip(index, block, strict=True)
+            ]
+            if any(span.start >= span.stop for span in shared):
+                continue
+            target = array[_shifted(shared, index)]
+            copy_cast(target, source[_shifted(shared, block)])
+            if self._check and not keeps_finite(read.dtype, array.dtype):
+                self._look(name, target)
+        if self._check:
+            self._look(name, read)
+
+    def _look(self, name: str, array: np.ndarray) -> None:
+        if not all_finite(array):
+            self.bad.add(name)
+
+    def _scratch(self) -> np.ndarray:
+        """A place for a block of this thread's: new memory costs as much as what is done in it."""
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = np.empty(_MOST_BYTES, np.uint8)
+        return self._own.scratch
 
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array that jax on a CPU takes over as it is, without a copy: it begins at 64 bytes."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def all_finite(array: np.ndarray) -> bool:
-    """Whether no element of a floating-point array is NaN or infinite.
-
-    Looks at the bits, in blocks that stay in the cache: an exponent of ones is what both have in
-    common, and the largest magnitude shows it. Several times faster than `numpy.isfinite`, which
-    does not know bfloat16.
-    """
-    kind = _BITS.get(array.dtype.name)
-    if kind is None:
-        return bool(np.isfinite(array.astype(np.float64)).all())
-    unsigned, exponent = kind
-    bits = np.ascontiguousarray(array).reshape(-1).view(unsigned)
-    magnitude = np.array(np.iinfo(unsigned).max >> 1, unsigned)
-    scratch = np.empty(min(bits.size, _FINITE_BLOCK), unsigned)
-    for start in range(0, bits.size, _FINITE_BLOCK):
-        block = bits[start : start + _FINITE_BLOCK]
-        part = np.bitwise_and(block, magnitude, out=scratch[: len(block)])
-        if part.max() >= exponent:
-            return False
-    return True
-
-
-def copy_cast(target: np.ndarray, source: np.ndarray) -> None:
-    """Copy into `target`, rounding to its element type; transposed sources block by block.
-
-    A transposed copy of a large matrix touches a new cache line for every element; in tiles it is
-    several times faster.
-    """
-    if source.dtype == target.dtype and source.dtype.itemsize == 2:
-        # The same bits: spare ml_dtypes' element loop.
-        source, target = source.view(np.uint16), target.view(np.uint16)
-    tile = 128
-    if source.ndim != 2 or source.flags.c_contiguous or min(source.shape) <= tile:
-        np.copyto(target, source, casting="unsafe")
-        return
-    for i in range(0, source.shape[0], tile):
-        for j in range(0, source.shape[1], tile):
-            block = (slice(i, i + tile), slice(j, j + tile))
-            np.copyto(target[block], source[block], casting="unsafe")
+def _shifted(spans: Sequence[slice], origin: Index) -> Index:
+    return tuple(
+        slice(span.start - o.start, span.stop - o.start)
+        for span, o in zip(spans, origin, strict=True)
+    )

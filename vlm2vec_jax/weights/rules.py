@@ -72,6 +72,11 @@ class Rule:
         """How many HF tensors the leaf holds."""
         return 1 if self.layers is None else self.layers[1] - self.layers[0]
 
+    @property
+    def rows_axis(self) -> int:
+        """The axis of the leaf (without its layer axis) along which the HF tensor has its rows."""
+        return 0 if self.permute is None else self.permute.index(0)
+
     def names(self) -> list[str]:
         """HF names in the order of the layer axis."""
         if self.layers is None:

@@ -22,10 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.weights.files import find, weight_map
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """The usual shard size of transformers 4 (neither GB nor GiB matter to a reader)."""
 
@@ -47,11 +45,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Element types a weight may have."""
 
 _READ_BYTES = 1 << 26
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_PICKLE_ADVICE = """\
-Pickled weights are not read, because opening a pickle can run code. Where torch is installed, this
-writes the same model as safetensors (it opens them with weights_only=True, which runs no code):
-  python -m vlm2vec_jax.weights.from_bin {source} --output {target}"""
 
 
 class Checkpoint:
@@ -76,7 +69,7 @@ class Checkpoint:
         self._start: dict[str, int] = {}
         self._file_of: dict[str, Path] = {}
         self._meta: dict[str, tuple[tuple[int, ...], str]] = {}
-        index, files = _find(self.path)
+        index, files = find(self.path)
         try:
             if index is None:
                 self._add(files[0], None)
@@ -141,8 +134,18 @@ class Checkpoint:
             for name, (shape, _) in self._meta.items()
         )
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...] | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Read a tensor, or the part of it that slices of step one select.
+
+        Args:
+          name: of the tensor.
+          index: the part; all of it by default.
+          out: u8 [bytes], memory that the result may lie in if it fits, instead of its own.
 
         Raises:
           UserError: if the file cannot be read, or the type is one that numpy cannot hold.
@@ -156,12 +159,14 @@ class Checkpoint:
             index = (slice(None),) * len(shape) if index is None else index
             spans = [span.indices(size) for span, size in zip(index, shape, strict=True)]
             if all(span == (0, size, 1) for span, size in zip(spans[1:], shape[1:], strict=True)):
-                return self._read_rows(name, spans[0][:2] if spans else (0, 1))
+                return self._read_rows(name, spans[0][:2] if spans else (0, 1), out)
             return handle.get_slice(name)[tuple(slice(a, b) for a, b, _ in spans)]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: {name} cannot be read: {error}") from None
 
-    def _read_rows(self, name: str, rows: tuple[int, int]) -> np.ndarray:
+    def _read_rows(
+        self, name: str, rows: tuple[int, int], place: np.ndarray | None = None
+    ) -> np.ndarray:
         """Rows of a tensor (or a scalar), which lie together in the file.
 
         Read plainly and not through a memory map: a page fault for every 4 KB costs more than
@@ -170,8 +175,9 @@ class Checkpoint:
         shape, dtype = self.shape(name), self.dtype(name)
         row = math.prod(shape[1:]) * dtype.itemsize
         count = max(rows[1] - rows[0], 0)
-        out = np.empty((count, *shape[1:]) if shape else (), dtype)
-        view: Any = out.reshape(-1).view(np.uint8)
+        if place is None or len(place) < count * row:
+            place = np.empty(count * row, np.uint8)
+        view: Any = place[: count * row]
         file, start = self._file_of[name], self._start[name] + rows[0] * row
         done = 0
         while done < len(view):
@@ -179,7 +185,7 @@ class Checkpoint:
             if got == 0:
                 raise OSError("the file has become shorter")
             done += got
-        return out
+        return view.view(dtype).reshape((count, *shape[1:]) if shape else ())
 
     def _note_places(self, file: Path) -> None:
         """Where each tensor begins, from the header that safetensors has found to be sound."""
@@ -224,7 +230,7 @@ class Checkpoint:
 
     def _add_shards(self, index: Path) -> None:
         shards: dict[str, set[str]] = {}
-        for name, shard in _weight_map(index).items():
+        for name, shard in weight_map(index).items():
             shards.setdefault(shard, set()).add(name)
         problems = [
             f"{shard} is absent; it should hold {len(names)} tensors, such as {min(names)}"
@@ -360,52 +366,3 @@ def _write_file(path: Path, part: list[tuple[str, np.ndarray]], metadata: dict[s
         file.flush()
         os.fsync(file.fileno())
     return offset
-
-
-def _find(path: Path) -> tuple[Path | None, list[Path]]:
-    """The index (or None) and the single file behind a path that a user gave."""
-    if path.is_file():
-        if path.name.endswith(".index.json"):
-            return path, []
-        if path.suffix in _PICKLES:
-            raise UserError(_refusal([path]))
-        return None, [path]
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist")
-    single, index, adapter = path / SINGLE, path / INDEX, path / ADAPTER
-    if single.is_file() and index.is_file():
-        if set(_weight_map(index).values()) != {SINGLE}:
-            raise UserError(f"{path} holds both {SINGLE} and {INDEX}: remove the stale one")
-        return index, []
-    if index.is_file():
-        return index, []
-    for file in (single, adapter):
-        if file.is_file():
-            return None, [file]
-    shards = sorted(path.glob("model-*.safetensors"))
-    if shards:
-        raise UserError(f"{path} holds {len(shards)} shards, but {INDEX} is missing")
-    pickles = sorted(p for p in path.iterdir() if p.suffix in _PICKLES and "model" in p.name)
-    if pickles:
-        raise UserError(_refusal(pickles))
-    raise UserError(f"{path} holds no weights: no {SINGLE}, {INDEX} or {ADAPTER}")
-
-
-def _refusal(files: list[Path]) -> str:
-    folder = files[0].parent
-    advice = _PICKLE_ADVICE.format(source=folder, target=f"{folder.name}-safetensors")
-    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
-    return f"{files[0]}{more} is a pickled checkpoint.\n{advice}"
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("weight_map must map names to files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read as an index of shards: {error!r}") from None
-    outside = sorted({file for file in weight_map.values() if Path(file).name != file})
-    if outside:
-        raise UserError(f"{index} names files outside of its folder: {', '.join(outside[:3])}")
-    return weight_map

@@ -108,7 +108,8 @@ def listed(
 ) -> tuple[Any, dict[str, int], dict[str, float]]:
     """Targets and patterns for a generation: as they are if they mean the same there, else by name.
 
-    Endings such as `q_proj` do; whole names and regular expressions may not.
+    Endings such as `q_proj` do; whole names and regular expressions may not. Patterns must also
+    mean the same to every PEFT from 0.11 on: see `_old_values`.
     """
     layout = layout or DEFAULT_LAYOUT
     linears = resolve(config, table)
@@ -135,12 +136,27 @@ def listed(
         )
 
     found = {m: value for name, m in other.items() if (value := meant(name, m)) is not None}
-    if found == wanted and config.layers is None:
-        return config.targets, dict(config.rank_pattern), dict(config.alpha_pattern)
     spelled = {module: name for name, module in other.items()}
-    ranks = {spelled[m]: rank for m, (rank, _) in wanted.items() if rank != config.rank}
-    alphas = {spelled[m]: alpha for m, (_, alpha) in wanted.items() if alpha != config.alpha}
+    old = {module: _old_values(config, spelled[module]) for module in wanted}
+    if found == wanted == old and config.layers is None:
+        return config.targets, dict(config.rank_pattern), dict(config.alpha_pattern)
+    odd = {m: values for m, values in wanted.items() if values != (config.rank, config.alpha)}
+    # Each in both: an old PEFT takes rank and alpha from one and the same pattern.
+    ranks = {spelled[m]: rank for m, (rank, _) in odd.items()}
+    alphas = {spelled[m]: alpha for m, (_, alpha) in odd.items()}
     return [spelled[m] for m in wanted], ranks, alphas
+
+
+def _old_values(config: AdapterConfig, module: str) -> tuple[int, float]:
+    """Rank and alpha that PEFT up to 0.13 gives a module (`LoraModel._create_and_replace`).
+
+    It looks for one pattern among those of both kinds, which must follow a dot, and takes both
+    values from it; without one, from an entry that is the module's whole name.
+    """
+    keys = [*config.rank_pattern, *config.alpha_pattern]
+    key = next((key for key in keys if re.match(rf".*\.{key}$", module)), module)
+    rank, alpha = config.rank_pattern, config.alpha_pattern
+    return int(rank.get(key, config.rank)), alpha.get(key, config.alpha)
 
 
 def _matched_modules(
