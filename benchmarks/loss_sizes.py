@@ -5,8 +5,8 @@
 
 Memory is the compiler's plan for loss and gradient, per device: `dense` and `tiled` on one device,
 `ring` on eight simulated ones. Loss and gradient are really computed for up to 2^`measured` pairs
-(the dense form up to 2^12), in CPU seconds of one pinned thread; the ring's eight devices share that
-thread, so its time is the sum of theirs. `benchmarks.loss` is the short form of this in the suite.
+(the dense form up to 2^12), in CPU seconds of one pinned thread; the eight devices of the ring share
+it, so its time is the sum of theirs. `benchmarks.loss` is the short form of this in the suite.
 Writes `results/<date>-cpu-loss_sizes.json`.
 """
 
