@@ -5,7 +5,7 @@
 
 Memory is the compiler's plan for loss and gradient, per device: `dense` and `tiled` on one device,
 `ring` on eight simulated ones. Loss and gradient are really computed for up to 2^`measured` pairs
-(the dense form up to 2^12), in CPU seconds of all threads: the ring's time is the sum of its devices'.
+(the dense form up to 2^12), in CPU seconds of all threads, so of all devices of the ring.
 `benchmarks.loss` is the short form of this in the suite.
 Writes `results/<date>-cpu-loss_sizes.json`.
 """

@@ -39,13 +39,14 @@ model = abstract_model(folder)
 layout = model.backbone.visual_layout(model.config)
 shape = RowShape(*json.loads(row))
 batch = aot.abstract_batch([ChunkShape(shape, int(rows), 2)], 64, layout, mesh)
-compiled = aot.compile_step(trainer, StepSpec(setup.compute(config)), batch)
+spec = StepSpec(setup.compute(config))
+compiled, text = aot.with_text(lambda how: aot.compile_step(trainer, spec, batch, how), mesh)
 found = [
     {"kind": op.kind, "loops": op.loops, "arrays": [[a.dtype, a.shape] for a in op.arrays]}
-    for op in hlo.collectives(compiled)
+    for op in hlo.collectives(text)
 ]
 sizes = trainer.sizes()
-print(json.dumps({**plan.measure(compiled, hbm), "found": found, "sizes": sizes}))
+print(json.dumps({**plan.measure(compiled, text, hbm), "found": found, "sizes": sizes}))
 """
 LAYER = {(1, 3072, 16384), (1, 3072, 9216), (1, 8192, 3072), (1, 3072, 3072)}
 """The kernels of one decoder layer."""

@@ -65,8 +65,13 @@ def main(args: Any) -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ["TPU_ACCELERATOR_TYPE"] = accelerator
 
+    import jax
+
     from vlm2vec_jax.parallel.mesh import make_mesh
     from vlm2vec_jax.training import plan
+
+    # Programs out of a cache have no text, and their compiling costs nothing that could be told.
+    jax.config.update("jax_enable_compilation_cache", False)
 
     shape = config.mesh
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, devices=devices(args.topology))

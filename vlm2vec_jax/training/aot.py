@@ -7,7 +7,8 @@ of devices that are not there (a TPU topology, see `compile.py`) or of simulated
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,12 @@ def compile_step(
         return lowered.compile(compiler_options=options)
 
 
-def compile_embedding(trainer: Trainer, compute: Compute, group: ChunkedGroup) -> Any:
+def compile_embedding(
+    trainer: Trainer,
+    compute: Compute,
+    group: ChunkedGroup,
+    options: dict[str, Any] | None = None,
+) -> Any:
     """Compile the forward pass alone, for a chunk of these shapes (a group of one chunk)."""
 
     def embed(params, frozen, batch: PackedBatch) -> jax.Array:
@@ -181,4 +187,35 @@ def compile_embedding(trainer: Trainer, compute: Compute, group: ChunkedGroup) -
 
     with jax.set_mesh(trainer.mesh):
         step = jax.jit(embed, out_shardings=NamedSharding(trainer.mesh, PartitionSpec(ROWS)))
-        return step.lower(trainer.state.params, trainer.frozen, group.batch).compile()
+        lowered = step.lower(trainer.state.params, trainer.frozen, group.batch)
+        return lowered.compile(compiler_options=options)
+
+
+def with_text(build: Callable[[dict[str, Any]], Any], mesh: Mesh) -> tuple[Any, str]:
+    """Compile for a mesh, and get the program's text even where jaxlib cannot read it.
+
+    The TPU's compiler may be of another version than jaxlib's: libtpu 0.0.52 writes asynchronous
+    operations of several operands, which jaxlib 0.10.2 refuses to read back ("async-update
+    instruction should have 1 operands"). The compiler itself can be told to write its text.
+
+    Args:
+      build: XLA's options -> the compiled program.
+      mesh: that it is compiled for.
+
+    Returns:
+      The compiled program and its text.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        compiled = build({})
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = build({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        try:
+            return compiled, compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            # The program of the step comes last; small ones may be compiled on the way.
+            written = Path(folder).glob("*.after_optimizations.txt")
+            texts = sorted(written, key=lambda path: path.stat().st_size)
+            if not texts:
+                raise
+            return compiled, texts[-1].read_text(encoding="utf-8")

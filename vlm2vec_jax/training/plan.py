@@ -131,7 +131,7 @@ def check(
 
     def program(packed: Shapes) -> dict[str, Any]:
         batch = aot.abstract_batch(packed.chunks, config.batch_size, layout, mesh, spec.loss)
-        return _compiled(lambda: aot.compile_step(trainer, spec, batch), hbm)
+        return _compiled(lambda how: aot.compile_step(trainer, spec, batch, how), mesh, hbm)
 
     trained, frozen = trainer.sizes()
     report = {
@@ -160,7 +160,9 @@ def check(
     # The group whose rows are longest needs most; all embed with the same weights.
     longest = max(packed.chunks, key=lambda shape: (shape.row.units > 0, shape.row.tokens))
     group = aot.abstract_group(longest._replace(chunks=1), layout, mesh)
-    embedding = _compiled(lambda: aot.compile_embedding(trainer, spec.compute, group), hbm)
+    embedding = _compiled(
+        lambda how: aot.compile_embedding(trainer, spec.compute, group, how), mesh, hbm
+    )
     report["embedding"] = {"rows": longest.rows, **dataclasses.asdict(longest.row), **embedding}
     report["fits"] = report["fits"] and embedding["fits"]
     return report
@@ -201,11 +203,11 @@ def _searched(
     }
 
 
-def _compiled(build: Callable[[], Any], hbm: int) -> dict[str, Any]:
+def _compiled(build: Callable[[dict[str, Any]], Any], mesh: Mesh, hbm: int) -> dict[str, Any]:
     """`measure` of what `build` compiles, also where the compiler refuses for lack of memory."""
     started = time.process_time()
     try:
-        found = measure(build(), hbm)
+        found = measure(*aot.with_text(build, mesh), hbm)
     except jax.errors.JaxRuntimeError as error:
         needed = memory_refused(str(error))
         if needed is None:
@@ -230,8 +232,8 @@ def largest_chunk(report: dict[str, Any], shards: int) -> int | None:
     return max(most // 128 * 128, 0)
 
 
-def measure(compiled: Any, hbm: int) -> dict[str, Any]:
-    """Memory and collectives of a compiled program."""
+def measure(compiled: Any, text: str, hbm: int) -> dict[str, Any]:
+    """Memory and collectives of a compiled program, the latter from its text."""
     memory = compiled.memory_analysis()
     parts = {
         "arguments": memory.argument_size_in_bytes,
@@ -239,7 +241,7 @@ def measure(compiled: Any, hbm: int) -> dict[str, Any]:
         "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
     }
     peak = int(sum(parts.values()))
-    found = hlo.collectives(compiled)
+    found = hlo.collectives(text)
     heaviest = sorted(found, key=lambda op: -op.bytes)[:5]
     return {
         "fits": peak <= _USABLE * hbm,
