@@ -68,7 +68,7 @@ def assert_threads_end():
     assert pipeline_threads() == []
 
 
-@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 2), (4, 3), (4, 0), (0, 2)])
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 2), (4, 3), (4, 0), (0, 2), (32, 2)])
 def test_batches_do_not_depend_on_threads(mixture, workers, prefetch):
     expected = first(mixture, 6, 9, workers=0)
     assert first(mixture, 6, 9, workers=workers, prefetch=prefetch) == expected

@@ -137,6 +137,10 @@ def test_processes_hold_together_what_one_would(mixture, processes, start, worke
     assert_same(parts, whole(mixture, 6, 2, start=start))
 
 
+def test_as_many_processes_as_a_pod_has_hosts(mixture):
+    assert_same(together(mixture, 64, 1, 64, workers=0), whole(mixture, 64, 1))
+
+
 def test_hard_negatives_are_shared_too(tmp_path):
     rows = train_rows("A", 6)
     for row, texts in zip(rows, (["x", "y", "z"], [], ["w"], ["x"], [], ["v", "u"]), strict=True):
