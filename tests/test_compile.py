@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compile command's words: topologies, refusals, verdicts. (Compiling: test_tpu_compile.)"""
 
+import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from full_size import FOLDER
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm2vec_jax.compile import read_topology
+from vlm2vec_jax.config import AdapterConfig, Config, DataConfig, ModelConfig
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.parallel import mesh
 from vlm2vec_jax.training import plan
@@ -119,3 +123,47 @@ def test_the_largest_chunk_is_compiled_and_fits(start, fixed, slope, row, bend):
     elif fits >= start // 64:
         assert best is not None and needs(best) <= limit
         assert best >= 0.85 * fits - row, (best, fits, found)
+
+
+def test_a_search_packs_as_a_run_would(monkeypatch):
+    """The real model's batch in chunks of any size; what a program needs is made up of them."""
+    shards, hbm, compiled = 8, 16 * 2**30, []
+
+    def step(trainer, spec, batch, options):
+        held = [math.prod(g.batch.tokens.shape[1:]) // shards for g in batch.groups]
+        compiled.append(tuple(g.batch.tokens.shape for g in batch.groups))
+        needs = int(4e9 + 6e5 * max(held))
+        return SimpleNamespace(
+            as_text=lambda: "",
+            memory_analysis=lambda: SimpleNamespace(
+                argument_size_in_bytes=10**9, temp_size_in_bytes=needs,
+                output_size_in_bytes=5, alias_size_in_bytes=5,
+            ),
+        )  # fmt: skip
+
+    monkeypatch.setattr(plan.aot, "compile_step", step)
+    monkeypatch.setattr(plan.aot, "compile_embedding", lambda *_: step(None, None, batch, None))
+    batch = SimpleNamespace(groups=())
+    batch.groups = (
+        SimpleNamespace(batch=SimpleNamespace(tokens=SimpleNamespace(shape=(1, 8, 8)))),
+    )
+    config = Config(
+        model=ModelConfig(path=str(FOLDER)), adapter=AdapterConfig(type="lora"),
+        data=DataConfig(path="-"), output="-", grad_cache="on", batch_size=1024,
+    )  # fmt: skip
+    config.packing.chunk_tokens = 2048
+    report = plan.check(config, mesh.make_mesh(1, 8, 1), hbm, search_chunk=True)
+    assert report["searched"] and 1 <= len(report["search"]) <= 4
+    tried = {one["chunk_tokens"]: one for one in report["search"]}
+    best = report["largest_chunk_tokens"]
+    assert tried[best]["fits"] and not any(t["fits"] for size, t in tried.items() if size > best)
+    # One more row to a chip would not fit: 0.95 of 16 GiB holds 18,867 tokens.
+    row = max(g["tokens"] for g in report["groups"])
+    assert best == 18_867 // row * row
+    assert len(set(compiled)) == len(compiled)  # nothing is compiled twice
+    (said,) = [words for subject, words in plan.words(report) if subject == "chunk"]
+    assert "compiled and found to fit" in said and f"{best:,}" in said
+    estimate = plan.check(config, mesh.make_mesh(1, 8, 1), hbm)
+    assert not estimate["searched"] and "search" not in estimate
+    (said,) = [words for subject, words in plan.words(estimate) if subject == "chunk"]
+    assert "estimated" in said
