@@ -139,7 +139,10 @@ def main() -> int:
             "tolerance": TOLERANCE,
             "results": found,
         }
-        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        # A line to a run.
+        lines = ",\n".join("  " + json.dumps(line) for line in record.pop("results"))
+        head = json.dumps(record, indent=1).removesuffix("\n}")
+        args.output.write_text(f'{head},\n "results": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     return int(worst > TOLERANCE)
 
 
