@@ -29,7 +29,7 @@ from vlm2vec_jax.parallel.mesh import make_mesh
 from vlm2vec_jax.training import aot, plan, setup
 from vlm2vec_jax.training.step import StepSpec
 config = Config(
-    model=ModelConfig(path=folder), adapter=AdapterConfig(type=kind, dropout=0.1),
+    model=ModelConfig(path=folder), adapter=AdapterConfig(type=kind, dropout=0.0),
     data=DataConfig(path="-"), output="-",
 )
 devices = command.devices(topology)
@@ -39,7 +39,7 @@ model = abstract_model(folder)
 layout = model.backbone.visual_layout(model.config)
 shape = RowShape(*json.loads(row))
 batch = aot.abstract_batch([ChunkShape(shape, int(rows), 2)], 64, layout, mesh)
-spec = StepSpec(setup.compute(config), dropout=kind != "none")
+spec = StepSpec(setup.compute(config))
 compiled, text = aot.with_text(lambda how: aot.compile_step(trainer, spec, batch, how), mesh)
 found = [
     {"kind": op.kind, "loops": op.loops, "arrays": [[a.dtype, a.shape] for a in op.arrays]}
