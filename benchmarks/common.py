@@ -154,6 +154,7 @@ class Row:
       target: what `ratio` (or `ours`, if there is no ratio) must reach; None for no target.
       at_most: the target must not be exceeded.
       shapes: what was computed.
+      must: a miss is a failure: the figure does not depend on how busy the machine is.
     """
 
     what: str
@@ -165,6 +166,7 @@ class Row:
     target: float | None = None
     at_most: bool = False
     shapes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    must: bool = False
 
     @property
     def met(self) -> bool | None:

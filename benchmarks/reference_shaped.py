@@ -199,7 +199,10 @@ def _visual_table(vision, visual, compute: Compute, form: Form, key):
     if not form.full_layers or not hasattr(vision.clip, "unused_layers"):
         return vision.table(visual, compute, key), []
     clip_key, projector_key = (None, None) if key is None else jax.random.split(key)
-    pixels = with_global_views(visual["crops"], visual["crop_info"]).astype(compute.dtype)
+    pixels = visual.get("pixels")
+    if pixels is None:
+        pixels = with_global_views(visual["crops"], visual["crop_info"])
+    pixels = pixels.astype(compute.dtype)
     rows, count = pixels.shape[:2]
     clip = vision.clip
 

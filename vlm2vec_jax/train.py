@@ -148,6 +148,7 @@ def train(config: Config, peers: Any = None) -> int:
         # 5. From where: the newest good checkpoint of the same run.
         done, saved = going_on.resume(config, checkpoints, trainer, data)
         packer.use_shapes(going_on.shapes_of(saved, going_on.packing_of(packer)))
+        packer.foresee(sizes, (2 + config.loss.negatives) * config.batch_size)
         skipped = SkippedSteps(
             config.max_skipped_steps,
             saved.get("skipped_steps", 0),

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vlm2vec_jax.embedding.calls import Calls
 from vlm2vec_jax.embedding.decoding import Decoder, problems_among
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.images import share_images
 from vlm2vec_jax.inputs import BadInputs, EncodedInput, MultimodalInput, raise_bad_inputs
-from vlm2vec_jax.packing import PackedBatch, RowShape, row_batches, unpack
-from vlm2vec_jax.row_choice import Price, batch_rows, plan_rows
+from vlm2vec_jax.packing import PackedBatch, RowShape, unpack
+from vlm2vec_jax.row_choice import Price, plan_rows
 
 CANNOT_READ = "some inputs cannot be read"
 
@@ -117,6 +118,7 @@ class Batches:
         self._price = Price(dimension, features_per_unit)
         self._fill, self._compute = fill, compute
         self._used_rows: set[tuple[bool, int]] = set()
+        self._calls = Calls()
 
     def run(
         self,
@@ -196,12 +198,9 @@ class Batches:
             used=self._used_rows,
         )
         self._used_rows |= taken
-        for group in planned.groups:
-            rows = batch_rows(len(group.rows), max(budget // group.shape.tokens, 1), shards)
-            # Inputs that show the same image usually follow each other: its pixels go soon.
-            group = dataclasses.replace(group, rows=sorted(group.rows, key=min))
-            for part in row_batches(group, rows, row_multiple=shards):
-                yield part.rows, part.num_rows, group.shape
+        # Inputs that show the same image usually follow each other: its pixels go soon.
+        groups = [dataclasses.replace(g, rows=sorted(g.rows, key=min)) for g in planned.groups]
+        yield from self._calls.of(groups, budget, shards)
 
     def _jobs(self, windows, opened, decoder, prepare, batch_tokens) -> Iterator[_Job | None]:
         """Batches whose decoding has begun; windows appear in `opened`. None: one without any."""

@@ -29,6 +29,8 @@ Size = tuple[int, int]
 _TEXT_ROWS = (32, 64, 128, 256, 512, 1024)
 _VISUAL_ROWS = (64, 96, 128, 160, 192, 256, *range(384, 4097, 128))
 _EVERYTHING = 1 << 40
+_FORESEEN = 1 << 16
+"""Inputs that are planned ahead, to see which shapes a run needs (about half a second)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +166,28 @@ class BatchPacker:
     def use_shapes(self, shapes: Iterable[ChunkShape]) -> None:
         """Take over the shapes of an earlier part of the run; before anything is packed."""
         self._shapes = {shape.row: shape for shape in shapes}
+
+    def foresee(self, sample: Sequence[Size], inputs: int) -> None:
+        """Take the shapes that batches like the sample will need, before the first one comes.
+
+        The step is compiled for the shapes in use; one that a rare long input adds later would
+        have it compiled again. Batches drawn from the sample show which there are and how large
+        they get. Nothing happens where the shapes of an earlier part of the run are known.
+
+        Args:
+          sample: sizes of inputs of the run.
+          inputs: of a batch, both sides.
+        """
+        if self._shapes:
+            return
+        rng = np.random.default_rng(0)
+        for _ in range(int(np.clip(_FORESEEN // inputs, 4, 64))):
+            self.arrange([sample[i] for i in rng.integers(0, len(sample), inputs)])
+        for row, shape in self._shapes.items():
+            most = self.chunk_tokens // row.tokens // self.row_multiple * self.row_multiple
+            if shape.chunks == 1 and 2 * shape.rows <= most:
+                # A few rows of the rare long ones: the next batch may have a few more.
+                self._shapes[row] = shape._replace(rows=2 * shape.rows)
 
     def arrange(self, sizes: Sequence[Size]) -> tuple[Plan, tuple[ChunkPlan, ...]]:
         """The plan and the chunks of a batch with inputs of these sizes."""
