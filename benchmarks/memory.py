@@ -55,4 +55,4 @@ def bed_activation_bytes(bed: Bed, remat: str) -> float:
     """What the package expects a token to cost."""
     from vlm2vec_jax.models.phi3v.backbone import activation_bytes
 
-    return activation_bytes(bed.config, remat, 4)[0]
+    return activation_bytes(bed.config, remat, remat, 4)[0]

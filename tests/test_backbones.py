@@ -232,7 +232,11 @@ def test_costs_and_sizes_are_told(name):
     config, family = model.config, model.backbone
     tokens, units = family.image_size(config, {"num_crops": 1}, 60, 40)
     assert 0 < units <= tokens or family.visual_layout(config).features_per_unit > 1
-    assert family.flops(config, 20, 0) < family.flops(config, 20, units)
+    alone, seen = family.flops(config, 20, 0), family.flops(config, 20, units)
+    assert alone < seen
+    # Two images cost twice what one does, or less than one of their size: they do not mix.
+    both = family.flops(config, 20, [units, units])
+    assert both == pytest.approx(2 * seen - alone) and both <= family.flops(config, 20, 2 * units)
     assert min(family.activation_bytes(config, "full", "full", 4)) > 0
     assert family.width(config) == known(name)[-1].expected.shape[1]
     abstract = nnx.eval_shape(lambda: family.build(config, rngs=nnx.Rngs(0)))

@@ -26,10 +26,31 @@ def config():
         (489, 3, 4.62),
         (789, 5, 7.55),
         (1953, 13, 19.4),
+        (2541, 17, 25.5),
+        (2 * 789, [5, 5], 15.1 + 0.197e-6 * 789**2),  # two images: the text sees both
     ],
 )
 def test_forward_flops_of_the_real_model(config, tokens, crops, tera):
     assert forward_flops(config, tokens, crops) / 1e12 == pytest.approx(tera, rel=0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 4096])
+def test_the_decoder_by_its_formula(config, tokens):
+    """Linears 2 L (4 d^2 + 3 d f) a token, causal attention 2 L d S^2; the last layer once."""
+    d, f, layers = 3072, 8192, 32
+    linear = 2 * (4 * d * d + 3 * d * f)
+    pairs = tokens * (tokens + 1) / 2
+    keys_values = 2 * 2 * d * d
+    last = linear - keys_values + tokens * keys_values + 4 * d * tokens
+    expected = (layers - 1) * (tokens * linear + 4 * d * pairs) + last
+    assert forward_flops(config, tokens) == pytest.approx(expected, rel=1e-12)
+    assert 32 * linear / 1e9 == pytest.approx(7.248, abs=1e-3)
+
+
+def test_each_image_of_a_sequence_is_counted(config):
+    one = forward_flops(config, 900, 5) - forward_flops(config, 900)
+    assert forward_flops(config, 900, [5, 5]) == forward_flops(config, 900) + 2 * one
+    assert forward_flops(config, 900, 10) == forward_flops(config, 900, [5, 5])
 
 
 def test_flops_of_a_crop(config):

@@ -62,7 +62,7 @@ class Backbone:
       activation_bytes: (configuration, remat, remat_vision, bytes of an element) -> estimated bytes
         that the backward pass keeps on the device per token and per visual unit.
       flops: (configuration, tokens, visual units) -> FLOPs of one sequence's forward pass that
-        its embedding needs.
+        its embedding needs; units are a number for one image, or those of each image.
       image_size: (configuration, options by name, width, height) -> tokens and visual units of an
         image; where no processor is read. UserError for an option that it cannot do without.
       visual_layout: configuration -> layout of a row's arrays.
@@ -84,7 +84,7 @@ class Backbone:
     width: Callable[[Any], int]
     max_tokens: Callable[[Any], int]
     activation_bytes: Callable[[Any, str, str, int], tuple[float, float]]
-    flops: Callable[[Any, int, int], float]
+    flops: Callable[..., float]
     image_size: Callable[[Any, Mapping[str, Any], int, int], tuple[int, int]]
     visual_layout: Callable[[Any], VisualLayout]
     reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlm2vec_jax.models.base import Backbone
 from vlm2vec_jax.models.llava_next.config import LlavaNextConfig, from_hf
 from vlm2vec_jax.models.llava_next.model import RULES, LlavaNext
@@ -26,12 +28,13 @@ def activation_bytes(
     return token * itemsize, unit * itemsize
 
 
-def forward_flops(config: LlavaNextConfig, tokens: int, tiles: int = 0) -> float:
+def forward_flops(config: LlavaNextConfig, tokens: int, tiles: int | Sequence[int] = 0) -> float:
     """FLOPs of one sequence's forward pass; all of a tile's features are projected."""
     c, d = config.clip.hidden_size, config.text.hidden_size
     project = config.features_per_tile * 2 * (c * d + d * d)
     tile = clip_flops(config.clip, config.clip_layers_used) + project
-    return decoder_flops(config.text, tokens) + tiles * tile
+    count = tiles if isinstance(tiles, int) else sum(tiles)
+    return decoder_flops(config.text, tokens) + count * tile
 
 
 BACKBONE = Backbone(

@@ -8,6 +8,8 @@ multiply and an add are two FLOPs. Norms, rotary positions and softmax are not c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlm2vec_jax.inputs import VisualLayout
 from vlm2vec_jax.models.phi3v.config import Phi3VConfig
 from vlm2vec_jax.models.phi3v.hd_transform import SHARED_FEATURES, hd_geometry
@@ -15,15 +17,16 @@ from vlm2vec_jax.models.shared.clip_config import clip_flops
 from vlm2vec_jax.models.shared.decoder_config import decoder_flops
 
 
-def forward_flops(config: Phi3VConfig, tokens: int, crops: int = 0) -> float:
+def forward_flops(config: Phi3VConfig, tokens: int, crops: int | Sequence[int] = 0) -> float:
     """FLOPs of one sequence's forward pass.
 
     Args:
       config: sizes.
       tokens: all tokens of the sequence, image tokens included.
-      crops: visual units, global views included.
+      crops: visual units, global views included; of each image, or of all together.
     """
-    return decoder_flops(config.decoder, tokens) + crops * crop_flops(config)
+    count = crops if isinstance(crops, int) else sum(crops)
+    return decoder_flops(config.decoder, tokens) + count * crop_flops(config)
 
 
 def crop_flops(config: Phi3VConfig) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vlm2vec_jax.models.qwen_vl import vision
@@ -25,9 +26,17 @@ def activation_bytes(
     return token * itemsize, unit * itemsize
 
 
-def forward_flops(config: QwenVLConfig, tokens: int, units: int = 0) -> float:
-    """FLOPs of one sequence's forward pass; its units count as those of one image."""
-    return decoder_flops(config.text.decoder, tokens) + vision.flops(config.vision, units)
+def forward_flops(config: QwenVLConfig, tokens: int, units: int | Sequence[int] = 0) -> float:
+    """FLOPs of one sequence's forward pass; an image's patches see each other alone.
+
+    Args:
+      config: sizes.
+      tokens: all tokens of the sequence.
+      units: of each image; a number for a sequence of one.
+    """
+    images = [units] if isinstance(units, int) else units
+    seen = sum(vision.flops(config.vision, count) for count in images)
+    return decoder_flops(config.text.decoder, tokens) + seen
 
 
 SENTENCE_TRANSFORMERS = SentenceTransformers(

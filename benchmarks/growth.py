@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How time and memory grow: measured (or planned by the compiler), written as JSON and plotted.
+
+    python -m benchmarks.growth [--only layers,devices] [--quick] [--output FOLDER]
+    python -m benchmarks.growth --plot benchmarks/results/<date>-cpu-growth.json
+
+On a CPU with the scaled-down model: one pinned thread, CPU seconds, the least of three runs.
+Memory is the compiler's plan, bytes sent are read out of programs compiled for simulated devices.
+The plots (`docs/performance/*.svg`) need matplotlib, the extra `plots`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from benchmarks.beds import Bed, NoProcessor
+
+PLOTS = Path(__file__).parent.parent / "docs" / "performance"
+ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Figures against one quantity.
+
+    Attributes:
+      title: what is shown.
+      xlabel, ylabel: with units.
+      x: the quantity.
+      series: name -> a figure for each x, None where it was not taken.
+      expected: what theory says, in words.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    x: list[float]
+    series: dict[str, list[float | None]]
+    expected: str
+
+
+def least(function: Callable[[], Any]) -> float:
+    """CPU seconds of the fastest of some runs, after one that does not count."""
+    function()
+    found = []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        function()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def _embedder(size: str):
+    from vlm2vec_jax.embedder import Embedder
+    from vlm2vec_jax.nn.compute import Compute
+
+    bed = Bed(size)
+    model = bed.model()
+    return bed, Embedder(model, NoProcessor(bed.layout), Compute("float32"), None)
+
+
+def batch_size(quick: bool) -> Curve:
+    """Texts embedded at once."""
+    bed, embedder = _embedder("tiny" if quick else "scaled")
+    rng = np.random.default_rng(0)
+    counts = [4, 8] if quick else [16, 64, 256]
+    seconds = []
+    for count in counts:
+        items = bed.texts(rng, count)
+        seconds.append(1e3 * least(lambda items=items: embedder.encode_encoded(items)) / count)
+    return Curve(
+        "Texts embedded at once", "texts", "CPU ms per text", counts, {"packed rows": seconds},
+        "a constant: rows are as full for few texts as for many",
+    )  # fmt: skip
+
+
+def crops(quick: bool) -> Curve:
+    """Crops of one photograph."""
+    bed, embedder = _embedder("tiny" if quick else "scaled")
+    rng = np.random.default_rng(0)
+    grids = [(1, 1), (1, 2)] if quick else [(1, 1), (1, 2), (2, 2), (2, 3), (3, 4)]
+    seconds, flops = [], []
+    for grid in grids:
+        item = bed.photo(rng, *grid, 32)
+        seconds.append(least(lambda item=item: embedder.encode_encoded([item])))
+        flops.append(bed.flops([item]) / 1e9)
+    rate = max(f / s for f, s in zip(flops, seconds))
+    return Curve(
+        "A photograph by its crops", "crops, global view included", "CPU s",
+        [rows * columns + 1 for rows, columns in grids],
+        {"measured": seconds, "useful FLOPs at the best rate": [f / rate for f in flops]},
+        "linear in crops, and attention with the square of the tokens on top",
+    )  # fmt: skip
+
+
+def sequence_length(quick: bool) -> Curve:
+    """Tokens of one text in a row of its own."""
+    bed, embedder = _embedder("tiny" if quick else "scaled")
+    rng = np.random.default_rng(0)
+    lengths = [16, 32] if quick else [128, 512, 1024, 2048]
+    seconds, flops = [], []
+    for length in lengths:
+        item = bed.text(rng, length)
+        seconds.append(1e6 * least(lambda item=item: embedder.encode_encoded([item])) / length)
+        flops.append(bed.flops([item]) / length)
+    rate = max(f / s for f, s in zip(flops, seconds))
+    return Curve(
+        "A text by its length", "tokens", "CPU us per token", lengths,
+        {"measured": seconds, "useful FLOPs at the best rate": [f / rate for f in flops]},
+        "linear: attention adds a part that grows with the length",
+    )  # fmt: skip
+
+
+def chunk_size(quick: bool) -> Curve:
+    """Tokens of a chunk of the GradCache step: planned memory."""
+    from benchmarks.memory import ROW_TOKENS, planned
+
+    bed = Bed("tiny" if quick else "scaled")
+    rows = [1, 2] if quick else [1, 2, 4, 8]
+    kinds = ("full",) if quick else ("none", "full")
+    series = {f"remat {remat}": [planned(bed, remat, n) / 1e6 for n in rows] for remat in kinds}
+    return Curve(
+        "Memory of a GradCache step by its chunk", "tokens of a chunk", "planned MB",
+        [n * ROW_TOKENS for n in rows], series,
+        "linear in the tokens of a chunk, and independent of the batch",
+    )  # fmt: skip
+
+
+def candidates(quick: bool) -> Curve:
+    """Candidates of a corpus that every query is ranked against."""
+    from vlm2vec_jax.evaluation import corpus
+
+    rng = np.random.default_rng(0)
+    width, count = 128, 64
+    queries = rng.standard_normal((count, width)).astype(np.float32)
+    sizes = [100, 200] if quick else [1_000, 10_000, 100_000]
+    seconds = []
+    for size in sizes:
+        targets = rng.standard_normal((size, width)).astype(np.float32)
+        truth = [[n % size] for n in range(count)]
+        run = lambda t=targets, a=truth: corpus.rank(queries, t, a)  # noqa: E731
+        seconds.append(1e3 * least(run) / count)
+    return Curve(
+        "Ranking by the size of the corpus", "candidates", "CPU ms per query", sizes,
+        {"ranks and the best ten": seconds}, "linear",
+    )  # fmt: skip
+
+
+def layers(quick: bool) -> Curve:
+    """Layers of a decoder: seconds to compile its gradient."""
+    from benchmarks.compile_time import gradient_seconds
+
+    depths = [2, 3] if quick else [4, 8, 16]
+    series = {
+        name: [gradient_seconds(n, name == "unrolled") for n in depths]
+        for name in ("scanned", "unrolled")
+    }
+    return Curve(
+        "Compiling the gradient of a decoder", "layers", "CPU s", depths, series,
+        "scanned: a constant; unrolled: linear",
+    )  # fmt: skip
+
+
+def devices(quick: bool) -> Curve:
+    """Data-parallel devices: bytes that a step sends."""
+    from benchmarks.scaling import collectives
+
+    counts = [1, 2] if quick else [1, 2, 4, 8]
+    found = [collectives(n) for n in counts]
+    series = {kind: [sent[kind] / 1e3 for sent in found] for kind in ("all-reduce", "all-gather")}
+    return Curve(
+        "Bytes of a LoRA step by its devices", "devices", "kB received per device and step",
+        counts, series, "a constant: adapters are summed once, embeddings gathered once",
+    )  # fmt: skip
+
+
+def loss_pairs(quick: bool) -> Curve:
+    """Pairs of a batch: memory of the loss."""
+    from benchmarks.loss import planned
+
+    powers = [6, 7] if quick else [10, 12, 14, 16]
+    series = {
+        form: [planned(form, 2**p) / 1e9 for p in powers] for form in ("dense", "tiled", "ring")
+    }
+    return Curve(
+        "Memory of the loss by the batch", "pairs", "planned GB per device",
+        [2**p for p in powers], series,
+        "dense: with the square; tiled and ring: linear",
+    )  # fmt: skip
+
+
+CURVES: dict[str, Callable[[bool], Curve]] = {
+    "batch_size": batch_size,
+    "crops": crops,
+    "sequence_length": sequence_length,
+    "chunk_size": chunk_size,
+    "candidates": candidates,
+    "layers": layers,
+    "devices": devices,
+    "loss_pairs": loss_pairs,
+}
+
+
+def draw(curves: dict[str, Curve], folder: Path) -> list[Path]:
+    """Write an SVG per curve, all of modest size.
+
+    Raises:
+      SystemExit: in words, where matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("plots need matplotlib: pip install 'vlm2vec-jax[plots]'") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "growth"  # the same file for the same figures
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, curve in curves.items():
+        figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+        for label, values in curve.series.items():
+            axes.plot(curve.x, values, marker="o", label=label)
+        wide = min(curve.x) > 0 and max(curve.x) > 8 * min(curve.x)
+        axes.set_xscale("log", base=2) if wide else None
+        flat = [v for values in curve.series.values() for v in values if v]
+        if max(flat) > 30 * min(flat):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_title(curve.title, fontsize=10)
+        axes.set_xlabel(curve.xlabel)
+        axes.set_ylabel(curve.ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        path = folder / f"{name}.svg"
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write, plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help=f"names with commas, of {', '.join(CURVES)}")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
+    parser.add_argument("--plot", type=Path, help="draw this file's curves, measure nothing")
+    parser.add_argument("--output", type=Path, help="folder of the JSON file and of the plots")
+    args = parser.parse_args(argv)
+    plots = args.output or PLOTS
+    if args.plot:
+        try:
+            stored = json.loads(args.plot.read_text(encoding="utf-8"))["curves"]
+            curves = {name: Curve(**curve) for name, curve in stored.items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--plot {args.plot}: {error}")
+        print("\n".join(map(str, draw(curves, plots))))
+        return 0
+    names = list(CURVES) if args.only is None else args.only.split(",")
+    unknown = sorted(set(names) - set(CURVES))
+    if unknown:
+        parser.error(f"no curve {', '.join(unknown)}; there are {', '.join(CURVES)}")
+    common.pin()
+    curves, told = {}, {}
+    for name in names:
+        start = time.process_time()
+        curves[name] = curve = CURVES[name](args.quick)
+        told[name] = round(time.process_time() - start, 1)
+        print(f"{curve.title} ({told[name]} CPU s)", flush=True)
+        for label, values in curve.series.items():
+            shown = ", ".join(f"{x:g}: {value:.4g}" for x, value in zip(curve.x, values))
+            print(f"  {label}, {curve.ylabel}: {shown}", flush=True)
+    record = {
+        **common.machine(),
+        "method": __doc__,
+        "quick": args.quick,
+        "cpu_s": told,
+        "curves": {name: dataclasses.asdict(curve) for name, curve in curves.items()},
+    }
+    folder = args.output or common.RESULTS
+    print(common.write(folder / f"{record['date']}-cpu-growth.json", record))
+    print("\n".join(map(str, draw(curves, plots))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
