@@ -49,17 +49,16 @@ def tells_roles(encoder: Any) -> bool:
 
 
 class Source(Protocol):
-    """One subset of MMEB-eval (`vlm2vec_jax.data.mmeb.EvalSource`).
-
-    A row has `query_key` and `target_keys`, each key (text, image path), the truth first.
-    """
+    """One subset of MMEB-eval (`vlm2vec_jax.data.mmeb.EvalSource`)."""
 
     subset: str
     image_root: Path
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def unique_keys(self) -> Any:
+        """Distinct keys (text, image path) and which row uses which (`data.mmeb.EvalIndex`)."""
+        ...
 
     def input(self, key: tuple[str, str], /) -> MultimodalInput:
         """The input that a key stands for, its images as paths."""
@@ -72,10 +71,12 @@ class Plan(Rows):
 
     Attributes:
       source: where it was read from.
+      inputs: what each key stands for.
       identities: what each key is across subsets.
     """
 
     source: Source
+    inputs: list[MultimodalInput]
     identities: list[Identity]
 
 
@@ -100,27 +101,18 @@ def plan_subset(
     """
     if not len(source):
         raise UserError(f"subset {source.subset} has no rows")
-    index: dict[Key, int] = {}
-    query_index = np.zeros(len(source), np.int32)
-    candidates = []
-    query, target = ((store.QUERY,), (store.TARGET,)) if roles else ((), ())
-    for n in range(len(source)):
-        row = source[n]
-        query_index[n] = index.setdefault(row.query_key + query, len(index))
-        keys = [key + target for key in row.target_keys] if roles else row.target_keys
-        candidates.append(np.array([index.setdefault(key, len(index)) for key in keys], np.int32))
-    keys = list(index)
+    keys, query_index, candidates = _number(source, roles)
+    inputs = [source.input((key[0], key[1])) for key in keys]
     identities, files = [], {}
-    for key in keys:
+    for key, item in zip(keys, inputs, strict=True):
         paths = []
-        images_of_key = source.input((key[0], key[1])).images
-        for k, image in enumerate(images_of_key):
+        for k, image in enumerate(item.images):
             if not isinstance(image, (str, os.PathLike)):
                 raise TypeError("an evaluation source names images by path")
             path = Path(os.path.abspath(image))
             paths.append(str(path))
             # Named by what the row says, so that moving the folder changes nothing.
-            files[key[1] if len(images_of_key) == 1 else f"{key[1]} {k}"] = path
+            files[key[1] if len(item.images) == 1 else f"{key[1]} {k}"] = path
         identities.append((key[0], tuple(paths), *key[2:]))
     embedded_from = {
         **made_with,
@@ -128,9 +120,29 @@ def plan_subset(
         "images": store.hash_images(files, images),
     }
     made_from = scored_from(embedded_from, keys, query_index, candidates, settings or Settings())
-    return Plan(
-        source.subset, keys, query_index, candidates, embedded_from, made_from, source, identities
+    rows = Rows(source.subset, keys, query_index, candidates, embedded_from, made_from)
+    return Plan(**vars(rows), source=source, inputs=inputs, identities=identities)
+
+
+def _number(source: Source, roles: bool) -> tuple[list[Key], np.ndarray, list[np.ndarray]]:
+    """Keys in order of first mention, each row's query among them, and each row's candidates."""
+    index = source.unique_keys()
+    query, target = ((store.QUERY,), (store.TARGET,)) if roles else ((), ())
+    known: dict[Key, int] = {}
+    queries, targets = (
+        np.array([known.setdefault(key + role, len(known)) for key in keys], np.int32)
+        for keys, role in ((index.queries, query), (index.targets, target))
     )
+    # The rows laid end to end: a query, its candidates, the next query.
+    ends = index.offsets[1:]
+    flat = np.insert(targets[index.target_of], index.offsets[:-1], queries[index.query_of_row])
+    numbers, first = np.unique(flat, return_index=True)
+    order = numbers[np.argsort(first)]
+    rank = np.zeros(len(known), np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    names = list(known)
+    candidates = np.split(rank[targets[index.target_of]], ends[:-1])
+    return [names[n] for n in order], rank[queries[index.query_of_row]], candidates
 
 
 Done = Callable[[Plan, Mapping[Key, np.ndarray]], None]
@@ -188,11 +200,11 @@ class Embedding:
             if why_not:
                 self.say(f"{plan.subset}: {why_not}; embedded again")
             before = len(fresh)
-            for identity, key in zip(plan.identities, plan.keys, strict=True):
+            for identity, item in zip(plan.identities, plan.inputs, strict=True):
                 if self.mine is not None and identity not in self.mine:
                     continue
                 if not any(identity in known for known in (self.held, stored, fresh)):
-                    fresh[identity] = plan.source.input((key[0], key[1]))
+                    fresh[identity] = item
             self._tell(number, plan, len(fresh) - before, len(there), path.name)
             waiting.append(plan)
             # A subset that is there already need not wait for others.

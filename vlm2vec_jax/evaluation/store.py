@@ -31,6 +31,8 @@ from vlm2vec_jax.errors import UserError
 FORMAT = 1
 """Version of these files; a file of another version is computed again."""
 
+_FILES = 64
+
 Key = tuple[str, ...]
 """An input as MMEB names it: (text, image path), either may be empty. Where an encoder tells
 queries from targets, its role (`QUERY` or `TARGET`) is the third."""
@@ -82,12 +84,19 @@ def hash_images(files: Mapping[str, Path], known: dict[Path, str] | None = None)
     """
     known = {} if known is None else known
     missing = sorted({path for path in files.values() if path not in known})
+    # Some files at a time: handing a small one to a thread takes longer than to read it.
+    parts = [missing[k : k + _FILES] for k in range(0, len(missing), _FILES)]
     try:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            known.update(zip(missing, pool.map(_hash_file, missing), strict=True))
+            for part, found in zip(parts, pool.map(_hash_files, parts), strict=True):
+                known.update(zip(part, found, strict=True))
     except OSError as error:
         raise UserError(f"cannot read image {error.filename}: {error.strerror}") from error
     return hash_rows([name, known[path]] for name, path in sorted(files.items()))
+
+
+def _hash_files(paths: Sequence[Path]) -> list[str]:
+    return [_hash_file(path) for path in paths]
 
 
 def _hash_file(path: Path) -> str:

@@ -41,23 +41,6 @@ _BUDGET = {"cpu": 4096}
 """Tokens of a batch and device, by platform; accelerators take 16384."""
 
 
-class _Head:
-    """The first rows of a subset."""
-
-    def __init__(self, source: Source, count: int):
-        self.subset, self.image_root = source.subset, source.image_root
-        self._source, self._count = source, min(len(source), count or len(source))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int, /) -> Any:
-        return self._source[index]
-
-    def input(self, key: tuple[str, str], /) -> MultimodalInput:
-        return self._source.input(key)
-
-
 class Validation:
     """Scores the parameters of a trainer; every process of a run takes part and gets the same."""
 
@@ -84,10 +67,10 @@ class Validation:
         self._index = []
         for plan in self._plans:
             places = []
-            for key, identity in zip(plan.keys, plan.identities, strict=True):
+            for item, identity in zip(plan.inputs, plan.identities, strict=True):
                 if identity not in inputs:
                     inputs[identity] = len(self._items)
-                    self._items.append(plan.source.input((key[0], key[1])))
+                    self._items.append(item)
                 places.append(inputs[identity])
             self._index.append(np.array(places))
         mesh = trainer.mesh
@@ -186,4 +169,5 @@ def open_heads(config: Config) -> list[Source]:
     for source in sources:
         # As in training, and as `evaluate` does with the trained model.
         source.target_instruction = config.data.target_instruction
-    return [_Head(source, wanted.max_queries) for source in sources]
+    count = wanted.max_queries or None
+    return [source.select(source.rows[:count]) for source in sources]
