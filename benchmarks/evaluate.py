@@ -47,7 +47,7 @@ def measure(how: How) -> Result:
     shapes = {**bench.shapes, "rows": rows, "predictions_that_differ": differ}
     what = "from files to scores"
     return Result(
-        [compared(what, against, timing, "ours", "loop", 2.0, shapes)], {"evaluate": timing}
+        [compared(what, against, timing, "ours", "loop", 3.0, shapes)], {"evaluate": timing}
     )
 
 

@@ -36,6 +36,7 @@ UNREADABLE = "unreadable image file"
 UNEQUAL = "lists of unequal length"
 NO_CANDIDATES = "empty candidate list"
 
+_AT_ONCE = 64
 _MARKER_PATTERN = r"<\|image_\d+\|>"
 
 
@@ -126,10 +127,13 @@ class ImageFolder:
     def check_headers(self, paths: Sequence[str], workers: int) -> None:
         """Open the files that are there, without decoding them, and remember the broken ones."""
         there = [path for path in paths if self.fault(path) is None]
+        # Some at a time: handing a file to a thread takes as long as reading its header.
+        parts = [there[k : k + _AT_ONCE] for k in range(0, len(there), _AT_ONCE)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            for path, reason in zip(there, pool.map(self._header, there), strict=True):
-                if reason:
-                    self.mark(path, UNREADABLE, reason)
+            for part, reasons in zip(parts, pool.map(self._headers, parts), strict=True):
+                for path, reason in zip(part, reasons, strict=True):
+                    if reason:
+                        self.mark(path, UNREADABLE, reason)
 
     def examine(
         self, paths: Sequence[str], *, decode: bool, workers: int
@@ -142,6 +146,9 @@ class ImageFolder:
         for root, named in parts.items():
             for facts in manifest.examine_all(root, list(named), decode=decode, workers=workers):
                 yield facts._replace(path=named[facts.path])
+
+    def _headers(self, paths: Sequence[str]) -> list[str | None]:
+        return [self._header(path) for path in paths]
 
     def _header(self, path: str) -> str | None:
         try:
