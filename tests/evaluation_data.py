@@ -9,6 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from vlm2vec_jax.data.mmeb import open_eval
+from vlm2vec_jax.evaluation import run
+
 
 def write_subset(data: Path, name: str, rows: list[dict], image_seed: int = 0) -> None:
     """Write rows in MMEB-eval's layout, and every image that they name."""
@@ -61,6 +64,13 @@ def captions(name: str = "MSCOCO_t2i", count: int = 5) -> list[dict]:
     ]
 
 
+def two_subsets(root: Path) -> Path:
+    """A data folder of labels and captions."""
+    write_subset(root, "ImageNet-1K", labels())
+    write_subset(root, "MSCOCO_t2i", captions())
+    return root
+
+
 class FakeEncoder:
     """Vectors from a hash of text and image bytes.
 
@@ -90,3 +100,17 @@ class FakeEncoder:
             digest.update(Path(path).read_bytes())
         rng = np.random.default_rng(int.from_bytes(digest.digest()[:8], "little"))
         return rng.standard_normal(self.width).astype(np.float32)
+
+
+def evaluate(encoder, data, output, subsets=(), others=(), **options):
+    """The scores, and what was said."""
+    said: list[str] = []
+    found = run.evaluate_sources(
+        encoder,
+        open_eval(data, list(subsets)),
+        output=output,
+        others=open_eval(data, list(others)) if others else (),
+        say=said.append,
+        **options,
+    )
+    return found, said

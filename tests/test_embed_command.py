@@ -4,17 +4,14 @@
 import functools
 import io
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embed_tools import TOLERANCE, argv, load, tear, texts, wanted, write_lines
 from small_models import label, picture, quick_compiler, write_model, write_train
 
 from vlm2vec_jax import embed, flags
@@ -22,8 +19,6 @@ from vlm2vec_jax.embedder import Embedder
 from vlm2vec_jax.embedding import corpus, index, run, vectors
 from vlm2vec_jax.embedding.corpus_parquet import open_corpus
 from vlm2vec_jax.errors import UserError
-
-TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,11 +50,6 @@ def small_windows(monkeypatch) -> int:
     return 5
 
 
-def argv(base, source, output, *more) -> list[str]:
-    given = ["--model", base, "--input", source, "--output", output, "--dtype", "float32"]
-    return ["embed", *map(str, given), *map(str, more)]
-
-
 def call(base, source, output, *more) -> int:
     return flags.call(embed.main, embed.define, argv(base, source, output, *more))
 
@@ -70,24 +60,6 @@ def refused(capsys, *words) -> str:
     for word in words:
         assert str(word) in said, said
     return said
-
-
-def write_lines(path: Path, lines) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def texts(n: int) -> list[dict]:
-    return [{"text": label(k), "id": f"t{k}"} for k in range(n)]
-
-
-def load(path: Path) -> np.ndarray:
-    with np.load(path) as file:
-        return file["embeddings"]
-
-
-def wanted(model, lines) -> np.ndarray:
-    return model.encode([{k: v for k, v in line.items() if k != "id"} for line in lines])
 
 
 @pytest.fixture
@@ -286,12 +258,6 @@ def test_a_damaged_part_is_made_again(base, model, tmp_path, small_windows, monk
     np.testing.assert_allclose(load(tmp_path / "o.npz"), wanted(model, lines), **TOLERANCE)
 
 
-def tear(path: Path) -> bytes:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-60])
-    return whole
-
-
 def test_all_bad_images_are_told_and_the_good_windows_kept(
     base, model, tmp_path, small_windows, capsys, monkeypatch
 ):
@@ -400,89 +366,3 @@ def test_a_missing_package_is_told_before_anything_is_computed(base, tmp_path, c
     assert call(base, source, tmp_path / "o.npz", "--engine", "ray") == 2
     refused(capsys, "needs the package ray", "vlm2vec_jax[ray]")
     assert call(base, source, tmp_path / "o.npz", "--engine", "ray", "--distributed") == 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-WORKER = """
-import sys
-import jax
-if len(sys.argv) > 2 and "--num_processes" in sys.argv:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-from vlm2vec_jax import embed, flags
-from vlm2vec_jax.embedding import corpus
-corpus.WINDOW = 5
-flags.run(embed.main, embed.define, sys.argv)
-"""
-
-
-def start(repository, tmp_path, arguments, log):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    env = {**os.environ, "PYTHONPATH": str(repository), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # fmt: skip
-    with log.open("w") as out:
-        return subprocess.Popen(
-            [sys.executable, str(script), *arguments[1:]], stdout=out, stderr=out, env=env
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_two_processes_embed_one_corpus(base, model, tmp_path, repository):
-    lines = texts(23)
-    source = write_lines(tmp_path / "i.jsonl", lines)
-
-    def both(*more) -> list[int]:
-        port = free_port()
-        running = []
-        for k in range(2):
-            given = argv(base, source, tmp_path / "o.npz", "--coordinator", f"127.0.0.1:{port}",
-                         "--num_processes", 2, "--process_id", k, *more)  # fmt: skip
-            running.append(start(repository, tmp_path, given, tmp_path / f"log{k}.txt"))
-        try:
-            return [process.wait(timeout=300) for process in running]
-        finally:
-            for process in running:
-                process.kill()
-
-    codes = both()
-    logs = [(tmp_path / f"log{k}.txt").read_text() for k in range(2)]
-    assert codes == [0, 0], logs
-    assert "23 embeddings" in logs[0] and "embeddings" not in logs[1]
-    np.testing.assert_allclose(load(tmp_path / "o.npz"), wanted(model, lines), **TOLERANCE)
-    # What one process meets, all report.
-    picture(1).save(tmp_path / "torn.png")
-    tear(tmp_path / "torn.png")
-    lines[7] = {"images": ["torn.png"]}
-    write_lines(source, lines)
-    assert both() == [2, 2]
-    for k in range(2):
-        assert "line 8: " in (tmp_path / f"log{k}.txt").read_text()
-
-
-@pytest.mark.slow
-def test_a_killed_command_goes_on(base, model, tmp_path, repository):
-    lines = texts(400)
-    source = write_lines(tmp_path / "i.jsonl", lines)
-    arguments = argv(base, source, tmp_path / "o.npz", "--batch_tokens", 64)
-    process = start(repository, tmp_path, arguments, tmp_path / "log.txt")
-    parts = tmp_path / ".o.npz.parts"
-    until = time.monotonic() + 200
-    while len(list(parts.glob("*.npz"))) < 10:
-        assert process.poll() is None and time.monotonic() < until, (
-            tmp_path / "log.txt"
-        ).read_text()
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    kept = len(list(parts.glob("*.npz")))
-    assert 10 <= kept < 80 and not (tmp_path / "o.npz").exists()
-    process = start(repository, tmp_path, arguments, tmp_path / "log.txt")
-    assert process.wait(timeout=300) == 0
-    assert f"{kept} of 80 windows are there" in (tmp_path / "log.txt").read_text()
-    np.testing.assert_allclose(load(tmp_path / "o.npz"), wanted(model, lines), **TOLERANCE)

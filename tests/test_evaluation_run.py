@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation: results on disk, resuming, stale files, inputs embedded once."""
+"""The evaluation: results on disk, inputs embedded once, what a score is made of."""
 
 import itertools
 import json
 import os
-import shutil
 
 import numpy as np
 import pytest
-from evaluation_data import FakeEncoder, captions, labels, row, write_image, write_subset
+from evaluation_data import FakeEncoder, evaluate, labels, row, two_subsets, write_subset
 
 from vlm2vec_jax.data.mmeb import open_eval
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.evaluation import embedding, metrics, run, scoring, store
+from vlm2vec_jax.evaluation import metrics, run, scoring
 from vlm2vec_jax.evaluation.embedding import plan_subset
 from vlm2vec_jax.evaluation.hosts import share
 from vlm2vec_jax.evaluation.rows import Settings
@@ -20,27 +19,7 @@ from vlm2vec_jax.evaluation.rows import Settings
 
 @pytest.fixture
 def data(tmp_path):
-    root = tmp_path / "data"
-    write_subset(root, "ImageNet-1K", labels())
-    write_subset(root, "MSCOCO_t2i", captions())
-    return root
-
-
-def evaluate(encoder, data, output, subsets=(), others=(), **options):
-    said: list[str] = []
-    found = run.evaluate_sources(
-        encoder,
-        open_eval(data, list(subsets)),
-        output=output,
-        others=open_eval(data, list(others)) if others else (),
-        say=said.append,
-        **options,
-    )
-    return found, said
-
-
-def files(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return two_subsets(tmp_path / "data")
 
 
 def test_results_follow_the_contract(data, tmp_path):
@@ -109,132 +88,6 @@ def test_every_input_is_embedded_once_over_all_subsets(data, tmp_path, at_once):
     assert any("VOC2007" in s and "0 inputs to embed (12 more are shared" in s for s in said)
 
 
-def test_the_second_run_embeds_nothing_and_changes_nothing(data, tmp_path):
-    output = tmp_path / "out"
-    first, _ = evaluate(FakeEncoder(), data, output)
-    before = files(output)
-    encoder = FakeEncoder()
-    second, said = evaluate(encoder, data, output)
-    assert encoder.seen == [] and second == first and files(output) == before
-    assert any("already evaluated" in s for s in said)
-
-
-def test_an_interrupted_evaluation_goes_on(data, tmp_path):
-    output, plain = tmp_path / "out", tmp_path / "plain"
-    with pytest.raises(RuntimeError, match="stopped"):
-        evaluate(FakeEncoder(fail_at=2), data, output, inputs_at_once=1)
-    assert not (output / "scores.json").exists()
-    assert (output / "ImageNet-1K_score.json").exists()
-    # What a killed process leaves behind: a temporary file, and half of an older version's file.
-    (output / ".MSCOCO_t2i_embeddings.npz.abc.tmp").write_bytes(b"PK")
-    (output / "MSCOCO_t2i_embeddings.npz").write_bytes(b"PK\x03\x04 half a file")
-    encoder = FakeEncoder()
-    resumed, said = evaluate(encoder, data, output)
-    assert all(not images or "MSCOCO" in images[0] for _, images in encoder.seen)
-    assert any("cannot be read; embedded again" in s for s in said)
-    once, _ = evaluate(FakeEncoder(), data, plain)
-    assert resumed == once
-    for name, content in files(plain).items():
-        if not name.endswith(".npz"):  # an npz holds the time of day
-            assert files(output)[name] == content, name
-
-
-def test_an_interruption_between_embedding_and_scoring(data, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "judge", stop)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(FakeEncoder(), data, output)
-    encoder = FakeEncoder()
-    evaluate(encoder, data, output, ["ImageNet-1K"])
-    assert encoder.seen == []
-
-
-def test_another_model_never_uses_what_is_there(data, tmp_path):
-    output = tmp_path / "out"
-    evaluate(FakeEncoder("a"), data, output)
-    encoder = FakeEncoder("b")
-    found, said = evaluate(encoder, data, output)
-    assert any('encoder.model: "a" -> "b"' in s for s in said)
-    expected, _ = evaluate(FakeEncoder("b"), data, tmp_path / "fresh")
-    assert found == expected
-    assert len(encoder.seen) == 6 + 6 + 5 + 7
-
-
-def test_results_of_two_models_are_not_mixed_in_one_table(data, tmp_path):
-    output = tmp_path / "out"
-    evaluate(FakeEncoder("a"), data, output)
-    found, said = evaluate(
-        FakeEncoder("b"), data, output, ["ImageNet-1K"], others=["MSCOCO_t2i"]
-    )  # fmt: skip
-    assert list(found["subsets"]) == ["ImageNet-1K"]
-    assert any("MSCOCO_t2i: not chosen and left out" in s for s in said)
-
-
-def test_subsets_of_several_runs_of_one_model_make_one_table(data, tmp_path):
-    output = tmp_path / "out"
-    evaluate(FakeEncoder(), data, output, ["MSCOCO_t2i"])
-    found, _ = evaluate(FakeEncoder(), data, output, ["ImageNet-1K"], others=["MSCOCO_t2i"])
-    expected, _ = evaluate(FakeEncoder(), data, tmp_path / "fresh")
-    assert found == expected
-
-
-def test_predictions_of_another_model_under_a_good_score_are_noticed(data, tmp_path):
-    """A run of b stopped between its predictions and its score; then a runs again."""
-    output = tmp_path / "out"
-    evaluate(FakeEncoder("a"), data, output)
-    path = store.predictions_path(output, "ImageNet-1K")
-    good = path.read_bytes()
-    path.write_text("{}\n")
-    _, said = evaluate(FakeEncoder("a"), data, output)
-    assert path.read_bytes() == good
-    assert any("predictions are missing or were changed" in s for s in said)
-
-
-@pytest.mark.parametrize("change", ["image", "candidates", "text"])
-def test_changed_data_is_noticed(data, tmp_path, change):
-    output = tmp_path / "out"
-    evaluate(FakeEncoder(), data, output)
-    rows = labels()
-    if change == "image":
-        write_image(data / "img/ImageNet-1K_2.png", seed=1)
-    elif change == "candidates":  # same inputs, other lists: scored again, embedded not at all
-        rows[0]["tgt_text"] = rows[0]["tgt_text"][::-1]
-        write_subset(data, "ImageNet-1K", rows)
-    else:
-        rows[3]["tgt_text"][1] = "label 4 "
-        write_subset(data, "ImageNet-1K", rows)
-    encoder = FakeEncoder()
-    found, _ = evaluate(encoder, data, output)
-    expected, _ = evaluate(FakeEncoder(), data, tmp_path / "fresh")
-    assert found == expected
-    assert bool(encoder.seen) == (change != "candidates")
-    assert all(i == () or "ImageNet" in i[0] for _, i in encoder.seen)
-
-
-def test_data_and_results_may_be_moved(data, tmp_path):
-    first, _ = evaluate(FakeEncoder(), data, tmp_path / "out")
-    moved = tmp_path / "elsewhere"
-    moved.mkdir()
-    shutil.move(data, moved / "mmeb")
-    shutil.move(tmp_path / "out", moved / "results")
-    encoder = FakeEncoder()
-    second, _ = evaluate(encoder, moved / "mmeb", moved / "results")
-    assert encoder.seen == [] and second == first
-
-
-def test_similarity_is_part_of_a_score_not_of_an_embedding(data, tmp_path):
-    output = tmp_path / "out"
-    evaluate(FakeEncoder(), data, output)
-    encoder = FakeEncoder()
-    found, _ = evaluate(encoder, data, output, settings=Settings("dot"))
-    assert encoder.seen == [] and found["similarity"] == "dot"
-
-
 def test_vectors_that_are_not_finite_are_counted_wrong_and_told(data, tmp_path):
     class Broken(FakeEncoder):
         def encode(self, inputs, *, progress=False):
@@ -273,20 +126,6 @@ def test_both_spellings_of_a_subset_and_the_order_of_the_table(data, tmp_path):
     assert run.choose_subsets(data, ["ImageNet-1K"], tmp_path / "out")[1] == ["MSCOCO_t2i"]
 
 
-def test_a_full_disk_leaves_earlier_results_whole(data, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-    evaluate(FakeEncoder("a"), data, output)
-    before = files(output)
-
-    def full(source, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="No space left"):
-        evaluate(FakeEncoder("b"), data, output)
-    assert files(output) == before
-
-
 def test_distinct_inputs_are_the_reference_s(goldens, tmp_path):
     golden = json.loads((goldens / "evaluation" / "dedupe.json").read_text())
     write_subset(tmp_path, "Pairs", golden["rows"])
@@ -298,9 +137,6 @@ def test_distinct_inputs_are_the_reference_s(goldens, tmp_path):
     targets = {plan.keys[n] for row in plan.candidates for n in row}
     assert sorted(targets) == [tuple(k) for k in unique["tgt"]]
     assert [len(row) for row in plan.candidates] == [3, 2, 2]
-
-
-# ------------------------------------------------------------------- metrics, corpus, smaller ones
 
 
 def test_a_score_holds_all_metrics_and_names_the_benchmark(data, tmp_path):
@@ -369,22 +205,6 @@ def test_smaller_vectors_stand_beside_the_full_ones(data, tmp_path):
     assert "## Smaller vectors" in (output / "scores.md").read_text()
 
 
-# -------------------------------------------------------------------------- interruptions, shards
-
-
-def test_a_large_subset_is_saved_while_it_is_embedded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "INPUTS_PER_CALL", 5)
-    output = tmp_path / "out"
-    stopped = FakeEncoder(fail_at=3)
-    with pytest.raises(RuntimeError, match="stopped"):
-        evaluate(stopped, data, output, inputs_at_once=1)
-    encoder = FakeEncoder()
-    resumed, said = evaluate(encoder, data, output, inputs_at_once=1)
-    assert not set(encoder.seen) & set(stopped.seen) and len(stopped.seen) == 10
-    assert any("taken from ImageNet-1K_embeddings.npz" in s for s in said)
-    assert resumed == evaluate(FakeEncoder(), data, tmp_path / "plain")[0]
-
-
 def test_inputs_that_show_the_same_image_are_neighbours(data, tmp_path):
     rows = labels()
     for k, one in enumerate(rows):
@@ -410,42 +230,6 @@ def test_shares_are_all_inputs_once_and_about_even(count):
         images = [inputs[n][1] for n in part if inputs[n][1]]
         assert len([k for k, _ in itertools.groupby(images)]) == len(set(images))
         assert abs(len(images) - 50 / count) <= 3
-
-
-# --------------------------------------------------------------------------- hostile result folders
-
-
-def snapshot(folder, without):
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file() and not p.is_symlink() and without not in p.parents
-    }
-
-
-def test_nothing_is_written_outside_the_output_and_nothing_run(data, tmp_path):
-    """Results of somebody else: links that lead away, a pickled file, another model's scores."""
-    output, away = tmp_path / "out", tmp_path / "away"
-    evaluate(FakeEncoder("other"), data, output)
-    away.mkdir()
-    for name in ("ImageNet-1K_score.json", "ImageNet-1K_pred.jsonl", "scores.json", "scores.md"):
-        (away / name).write_bytes((output / name).read_bytes())
-        (output / name).unlink()
-        (output / name).symlink_to(away / name)
-
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "executed"),))
-
-    np.savez(output / "MSCOCO_t2i_embeddings.npz", keys=np.array([Evil()], object))
-    before = snapshot(tmp_path, output)
-    found, said = evaluate(FakeEncoder("ours"), data, output)
-    assert found == evaluate(FakeEncoder("ours"), data, tmp_path / "fresh")[0]
-    shutil.rmtree(tmp_path / "fresh")
-    assert snapshot(tmp_path, output) == before
-    assert not (tmp_path / "executed").exists()
-    assert any("other" in s and "ours" in s for s in said)
-    assert any("MSCOCO_t2i_embeddings.npz cannot be read" in s for s in said)
 
 
 def test_a_subset_whose_name_is_a_path_stays_in_the_output(data, tmp_path):
