@@ -51,6 +51,12 @@ ENTRIES: dict[str, Entry] = {
     "remedies": Entry("remedies:train", "each remedy of the train step, and their product"),
     "attention": Entry("attention:measure", "the kernel of the platform, and its memory"),
     "contrastive": Entry("loss:measure", "time and memory of the loss"),
+    "image_preprocess": Entry(
+        "image_preprocess:measure", "preparing an image, against the reference's path"
+    ),
+    "input_pipeline": Entry(
+        "input_pipeline:measure", "waiting for data, and what an image costs", default=False
+    ),
     "score": Entry("score:measure", "ranking candidates"),
     "mmeb_eval_sim": Entry("evaluate:measure", "an evaluation from files to scores"),
     "compile": Entry("compile_time:measure", "seconds, and programs of a run"),

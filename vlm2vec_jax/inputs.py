@@ -145,12 +145,14 @@ def content_hash(item: EncodedInput) -> int:
     Of the tokens and the pixels, so it does not matter under which path an image lies; two inputs
     that differ only behind `max_len` are the same, as they are to the model.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    # Most processors have instructions for this one: on megabytes of pixels it takes half as long
+    # as others do. Nobody gains by making two images collide.
+    digest = hashlib.sha1(usedforsecurity=False)
     arrays = {"tokens": item.tokens, "feature_index": item.feature_index, **item.visual}
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
         digest.update(np.ascontiguousarray(array).data)
-    return int.from_bytes(digest.digest(), "little") >> 1
+    return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ one by one, and on pieces that stay in a processor's cache.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,11 +21,19 @@ _BITS = {
 """Name of a type -> its bits as unsigned and signed integers, and the bits of infinity."""
 _FINITE_BLOCK = 1 << 17
 _TILE = 128
+_MAPPED_BYTES = 1 << 20
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array that jax on a CPU takes over as it is, without a copy: it begins at 64 bytes."""
+    """An array that jax on a CPU takes over as it is, without a copy: it begins at 64 bytes.
+
+    Large ones are mapped, because numpy asks for huge pages: where memory is fragmented, making
+    room for these takes longer than reading the weights.
+    """
     size = math.prod(shape) * dtype.itemsize
+    if size >= _MAPPED_BYTES and hasattr(mmap, "MAP_ANONYMOUS"):
+        private = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(private, dtype).reshape(shape)
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
