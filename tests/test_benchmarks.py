@@ -217,3 +217,37 @@ def test_the_reference_shaped_step_has_our_loss_and_gradients():
     assert shaped.run_tokens == 2 * sum(longest) and shaped.run_units == 5
     assert (direct.run_tokens, direct.run_units) == (packer.arrange(sizes)[0].run_tokens, 3)
     check_equal(found, "float32")
+
+
+def test_growth_curves_are_drawn(tmp_path):
+    from benchmarks.growth import CURVES, Curve, draw
+
+    curve = Curve("t", "tokens", "s", [1, 64], {"a": [0.1, 9.0], "b": [1.0, 2.0]}, "linear")
+    first, second = (draw({"layers": curve}, tmp_path / name)[0] for name in "ab")
+    assert first.read_bytes() == second.read_bytes() and first.stat().st_size < 50_000
+    assert first.name == "layers.svg" and "layers" in CURVES
+
+
+@pytest.mark.slow
+def test_growth_writes_what_it_draws(tmp_path, repository):
+    line = [sys.executable, "-m", "benchmarks.growth", "--quick", "--only", "candidates"]
+    done = subprocess.run(
+        [*line, "--output", tmp_path], cwd=repository, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*-cpu-growth.json")
+    found = json.loads(path.read_text())
+    assert found["quick"] and found["curves"]["candidates"]["x"] == [100, 200]
+    assert (tmp_path / "candidates.svg").exists()
+
+
+def test_ours_beside_the_reference(tmp_path, capsys):
+    from benchmarks import beside_reference
+
+    first, second = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32) + 1e-3
+    beside_reference.add(tmp_path / "reference.npz", first, [2.0])
+    assert beside_reference.compare(tmp_path) == 2 and "ours" in capsys.readouterr().out
+    beside_reference.add(tmp_path / "ours.npz", second, [1.0])
+    beside_reference.add(tmp_path / "ours.npz", second, [1.0, 8.0])
+    assert beside_reference.compare(tmp_path) == 0
+    assert "ratio 2.00" in capsys.readouterr().out

@@ -24,6 +24,8 @@ from vlm2vec_jax.inputs import BadInputs, EncodedInput, MultimodalInput, raise_b
 from vlm2vec_jax.packing import PackedBatch, RowShape, unpack
 from vlm2vec_jax.row_choice import Price, plan_rows
 
+_CPU_VISUAL_TOKENS = 1024
+"""Of a call of rows with images on a CPU, whose cache holds the attention of one long row only."""
 CANNOT_READ = "some inputs cannot be read"
 
 
@@ -200,7 +202,8 @@ class Batches:
         self._used_rows |= taken
         # Inputs that show the same image usually follow each other: its pixels go soon.
         groups = [dataclasses.replace(g, rows=sorted(g.rows, key=min)) for g in planned.groups]
-        yield from self._calls.of(groups, budget, shards)
+        visual = min(budget, _CPU_VISUAL_TOKENS) if self._device.platform == "cpu" else None
+        yield from self._calls.of(groups, budget, shards, visual)
 
     def _jobs(self, windows, opened, decoder, prepare, batch_tokens) -> Iterator[_Job | None]:
         """Batches whose decoding has begun; windows appear in `opened`. None: one without any."""

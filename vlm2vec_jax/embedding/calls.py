@@ -30,7 +30,11 @@ class Calls:
         self._wasted: dict[tuple[RowShape, int], int] = {}
 
     def of(
-        self, groups: Sequence[GroupPlan], budget: int, multiple: int
+        self,
+        groups: Sequence[GroupPlan],
+        budget: int,
+        multiple: int,
+        visual_budget: int | None = None,
     ) -> Iterator[tuple[list[list[int]], int, RowShape]]:
         """Rows of each call, the number to fill up to, and their shape.
 
@@ -38,15 +42,17 @@ class Calls:
           groups: planned rows of a window.
           budget: tokens of a call.
           multiple: devices that share the rows of a call.
+          visual_budget: tokens of a call of rows with images, if not as many.
         """
         tokens = sum(len(group.rows) * group.shape.tokens for group in groups)
         alone = not self._programs and tokens <= 3 * budget  # a few inputs, perhaps the only ones
         for group in groups:
-            full = max(budget // group.shape.tokens, 1)
+            most = visual_budget if group.visual and visual_budget else budget
+            full = max(most // group.shape.tokens, 1)
             count = batch_rows(len(group.rows), full, multiple)
             for part in row_batches(group, count, row_multiple=multiple):
                 room = 1 if alone or 2 * part.num_rows > full else 2
-                yield self._call(part, group.shape, budget, room)
+                yield self._call(part, group.shape, most, room)
 
     def _call(
         self, part: RowBatch, shape: RowShape, budget: int, room: int
