@@ -283,15 +283,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for label, values in curve.series.items():
             shown = ", ".join(f"{x:g}: {value:.4g}" for x, value in zip(curve.x, values))
             print(f"  {label}, {curve.ylabel}: {shown}", flush=True)
-    record = {
-        **common.machine(),
-        "method": __doc__,
-        "quick": args.quick,
-        "cpu_s": told,
-        "curves": {name: dataclasses.asdict(curve) for name, curve in curves.items()},
-    }
-    folder = args.output or common.RESULTS
-    print(common.write(folder / f"{record['date']}-cpu-growth.json", record))
+        # After each, so that a run that is stopped leaves what it has.
+        record = {
+            **common.machine(),
+            "method": __doc__,
+            "quick": args.quick,
+            "cpu_s": told,
+            "curves": {name: dataclasses.asdict(curve) for name, curve in curves.items()},
+        }
+        folder = args.output or common.RESULTS
+        path = common.write(folder / f"{record['date']}-cpu-growth.json", record)
+    print(path)
     print("\n".join(map(str, draw(curves, plots))))
     return 0
 

@@ -44,7 +44,7 @@ def collectives(devices: int, pairs: int = PAIRS, size: str = "tiny") -> dict[st
     from vlm2vec_jax.parallel import hlo
 
     compiled = train_step(
-        Bed(size), pairs=pairs, rows=2 * devices, row=RowShape(64, 6, 4), devices=devices
+        Bed(size), pairs=pairs, rows=2 * SIMULATED, row=RowShape(64, 6, 4), devices=devices
     )
     found = hlo.collectives(compiled.program)
     sent = {"all-reduce": 0, "all-gather": 0}
