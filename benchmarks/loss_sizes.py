@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of the three forms of the loss, for batches of 2^10 to 2^17 pairs of width 3072.
 
-    python -m benchmarks.loss_sizes [--measured 14]
+    python -m benchmarks.loss_sizes [--measured 14] [--powers 14,17]
 
 Memory is the compiler's plan for loss and gradient, per device: `dense` and `tiled` on one device,
 `ring` on eight simulated ones. Loss and gradient are really computed for up to 2^`measured` pairs
@@ -26,13 +26,14 @@ def main() -> None:
     """Plan, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--measured", type=int, default=14, help="largest power of two to run")
+    parser.add_argument("--powers", default="10,11,12,13,14,15,16,17", help="of two, batches")
     args = parser.parse_args()
     # Not pinned to one processor: the devices of the ring wait for each other, each in a thread.
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = ("--xla_cpu_multi_thread_eigen=false", "--xla_force_host_platform_device_count")
     os.environ["XLA_FLAGS"] = f"{flags[0]} {flags[1]}={loss.DEVICES}"
     lines = []
-    for power in range(10, 18):
+    for power in map(int, args.powers.split(",")):
         for form in FORMS:
             line = {"pairs": 2**power, "form": form, "bytes": loss.planned(form, 2**power)}
             if power <= (args.measured if form == "tiled" else OTHERS_MEASURED):
