@@ -19,6 +19,7 @@ and machines, alone or behind a comma, which set mesh and chunk:
     configs/mmeb.py:h100-8, configs/mmeb.py:lora,h200-1
 
 `python -m vlm2vec_jax.compile` checks one without the machine; docs/compile/ has its reports.
+Checked are lora,v5e-64 and full,v5p-32; the others are worked out from sizes (`PRESETS`).
 
 Expect two folders to be read (a model folder in Hugging Face layout and MMEB-train as it is on
 the hub, images unpacked under it), and a start-up page that names mesh, trained parameters, batch
@@ -91,7 +92,13 @@ PRESETS = {
     "v5e-64": Preset(
         (8, 8), (1, 64), 4096, 4096, "LoRA compiled (docs/compile/lora_v5e-64.txt); else unchecked"
     ),
-    "v5p-32": Preset((2, 8), (1, 16), 16384, 8192, UNCHECKED),
+    "v5p-32": Preset(
+        (2, 8),
+        (1, 16),
+        16384,
+        8192,
+        "full fine-tuning compiled (docs/compile/full_v5p-32.txt); else unchecked",
+    ),
     "v6e-16": Preset((4, 4), (1, 16), 8192, 4096, UNCHECKED),
     "h100-8": Preset((1, 8), (1, 8), 16384, 8192, UNCHECKED),
     "h200-1": Preset((1, 1), (1, 1), 16384, 8192, UNCHECKED),
