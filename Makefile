@@ -2,6 +2,7 @@
 # make demo       a small model learns mini-MMEB from nothing; ends with scores and a report
 # make test       all tests that need neither an accelerator nor real weights
 # make test-fast  the same without the slow ones
+# make test-long  the same with the repetitions on other kinds of training and other meshes
 # make test-torch what needs torch, transformers' models and peft; in an environment of its own
 # make test-old-peft  our adapters in PEFT 0.11 and 0.13, each in an environment of its own
 # make test-optional  those that need ray, lancedb and faiss, in an environment of their own
@@ -21,12 +22,13 @@ DEMO_ENV := JAX_PLATFORMS=cpu
 # A process a core; whole files go to one, since what a file's tests share is made once.
 PARALLEL := -n auto --dist loadfile
 EXCLUDED := not weights and not gpu and not tpu and not torch and not ray
+SHORT := $(EXCLUDED) and not long
 REQUIREMENTS := pyproject.toml requirements.txt requirements-dev.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: demo test test-fast test-torch test-old-peft test-optional bench lint clean
+.PHONY: demo test test-fast test-long test-torch test-old-peft test-optional bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -54,10 +56,13 @@ demo: $(VENV)/.installed
 	@echo "report: $(DEMO)/report.html"
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest $(PARALLEL) -m "$(EXCLUDED)" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "$(SHORT)" $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(PY) -m pytest $(PARALLEL) -m "$(EXCLUDED) and not slow" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "$(SHORT) and not slow" $(ARGS)
+
+test-long: $(VENV)/.installed-dev
+	$(PY) -m pytest $(PARALLEL) -m "$(EXCLUDED)" $(ARGS)
 
 test-torch: $(VENV_TORCH)/.installed
 	$(VENV_TORCH)/bin/python -m pytest -m torch $(ARGS)

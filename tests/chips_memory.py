@@ -11,7 +11,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=256"
+import simulated
+
+os.environ["XLA_FLAGS"] = simulated.flags(256)
 
 import jax
 

@@ -17,12 +17,10 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 for _flag, _value in (
     ("--xla_force_host_platform_device_count", 8),
     ("--xla_backend_optimization_level", 0),
+    ("--xla_cpu_use_fusion_emitters", "false"),
 ):
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
-# Commands keep compiled programs in the user's cache folder; tests leave that alone.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

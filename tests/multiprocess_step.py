@@ -12,8 +12,10 @@ import os
 import sys
 from pathlib import Path
 
+import simulated
+
 processes, process = int(sys.argv[4]), int(sys.argv[5])
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
+os.environ["XLA_FLAGS"] = simulated.flags(8 // processes)
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same loss curve on every mesh, with GradCache and without, for LoRA, DoRA and full training.
 
-Not all thirty combinations: every mesh meets GradCache and the plain step or two kinds of training,
-and every kind meets both; each is held to the plain step of its kind on one device. Two processes
-of four devices are in `test_multiprocess.py`.
+Not all thirty combinations. `make test` runs every mesh and every kind once, with GradCache;
+`make test-long` lets every mesh and every kind meet the plain step as well. Each is held to the
+plain step of its kind on one device. Two processes of four devices are in `test_multiprocess.py`.
 """
 
 import functools
@@ -17,12 +17,12 @@ from training_tools import mini_model
 ALONE = (1, 1, 1)
 COVER = [
     ("lora", (8, 1, 1), True),
-    ("lora", (2, 4, 1), False),
     ("dora", (2, 2, 2), True),
-    ("dora", (8, 1, 1), False),
     ("full", (2, 4, 1), True),
-    ("full", (2, 2, 2), False),
-    ("full", ALONE, True),
+    pytest.param("full", ALONE, True, marks=pytest.mark.long),
+    pytest.param("lora", (2, 4, 1), False, marks=pytest.mark.long),
+    pytest.param("dora", (8, 1, 1), False, marks=pytest.mark.long),
+    pytest.param("full", (2, 2, 2), False, marks=pytest.mark.long),
 ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulated
 from embed_tools import TOLERANCE, argv, load, tear, texts, wanted, write_lines
 from small_models import picture, quick_compiler, write_model, write_train
 
@@ -55,7 +56,7 @@ def start(repository, tmp_path, arguments, log):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     env = {**os.environ, "PYTHONPATH": str(repository), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # fmt: skip
+           "XLA_FLAGS": simulated.flags(2)}  # fmt: skip
     with log.open("w") as out:
         return subprocess.Popen(
             [sys.executable, str(script), *arguments[1:]], stdout=out, stderr=out, env=env

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulated
 from evaluation_data import captions, labels, write_subset
 from small_models import write_model, write_train
 from test_multiprocess import free_port
@@ -20,7 +21,7 @@ def start(repository, argv, log, **environment):
     path = os.pathsep.join([str(repository), str(Path(__file__).parent)])
     env = {
         **os.environ, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **environment,
+        "XLA_FLAGS": simulated.flags(2), **environment,
     }  # fmt: skip
     script = Path(__file__).with_name("multiprocess_evaluation.py")
     with log.open("w") as out:

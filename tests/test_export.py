@@ -112,7 +112,7 @@ def formats_of(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", "lora", "dora"])
+@pytest.mark.parametrize("kind", ["none", "dora", pytest.param("lora", marks=pytest.mark.long)])
 def test_exports_of_a_real_run_embed_as_it_does(kind, goldens, tmp_path):
     run = tmp_path / "run"
     train.train(run_config(goldens, run, kind))

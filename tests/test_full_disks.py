@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import simulated
 from commands import (
     call,
     embed_argv,
@@ -124,7 +125,7 @@ def command(module: str, argv, **environment) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=Path(__file__).parent.parent,
-        env={**os.environ, "XLA_FLAGS": "", **environment},
+        env={**os.environ, "XLA_FLAGS": simulated.flags(1), **environment},
     )
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model against the reference, sub-module by sub-module, on every forward golden."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,31 +45,51 @@ def case(request, models, goldens):
     return model, golden, golden_batch(model.config, golden), rope_table(model.config, golden)
 
 
+@functools.partial(jax.jit, static_argnames=("compute", "table"))
+def embed(module, batch, compute=EXACT, table="auto"):
+    return module(batch, compute, rope_table=table)
+
+
 def close(found, golden, key, tolerance):
     if key in golden:
         np.testing.assert_allclose(np.asarray(found), golden[key], rtol=0, atol=tolerance)
 
 
+@functools.partial(jax.jit, static_argnames="table")
+def forward(module, batch, table):
+    """Everything that a golden may hold of the forward pass, in one program."""
+    x = module.input_embeddings(batch, EXACT)
+    places = module.decoder.places(batch, table)
+    states = module.decoder.hidden_states(x, places, EXACT)
+    normed = module.decoder.norm(states[-1])
+    return {
+        "x": x,
+        "rope": (places.cos, places.sin),
+        "states": states,
+        "normed": normed,
+        "logits": module.lm_head(normed),
+        "pooled": module.pooled(batch, EXACT, rope_table=table)[:, 0],
+        "embedding": module(batch, EXACT, rope_table=table)[:, 0],
+    }
+
+
 def test_forward(case):
     model, golden, batch, table = case
-    module, mask = model.module, golden["attention_mask"][..., None]
-    x = module.input_embeddings(batch, EXACT)
-    close(x * mask, golden, "inputs_embeds", 2e-5)
-    places = module.decoder.places(batch, table)
-    close(places.cos[:1], golden, "rope_cos", 1e-6)
-    close(places.sin[:1], golden, "rope_sin", 1e-6)
-    states = module.decoder.hidden_states(x, places, EXACT)
+    found, mask = forward(model.module, batch, table), golden["attention_mask"][..., None]
+    close(found["x"] * mask, golden, "inputs_embeds", 2e-5)
+    cos, sin = found["rope"]
+    close(cos[:1], golden, "rope_cos", 1e-6)
+    close(sin[:1], golden, "rope_sin", 1e-6)
+    states = found["states"]
     for number, state in enumerate(states[:-1], start=1):
         close(state * mask, golden, f"hidden_after_layer_{number}", 2e-5)
     last = f"hidden_after_layer_{len(states)}_prenorm"
     close(states[-1] * mask, golden, last, 2e-5)
-    normed = module.decoder.norm(states[-1])
-    close(normed * mask, golden, "last_hidden_state", 2e-5)
+    close(found["normed"] * mask, golden, "last_hidden_state", 2e-5)
     if "logits" in golden:
-        close(module.lm_head(normed) * mask, {"logits": golden["logits"] * mask}, "logits", 1e-4)
-    pooled = module.pooled(batch, EXACT, rope_table=table)[:, 0]
-    close(pooled, golden, "pooled", 2e-5)
-    close(module(batch, EXACT, rope_table=table)[:, 0], golden, "embedding", 2e-6)
+        close(found["logits"] * mask, {"logits": golden["logits"] * mask}, "logits", 1e-4)
+    close(found["pooled"], golden, "pooled", 2e-5)
+    close(found["embedding"], golden, "embedding", 2e-6)
 
 
 def test_first_layer(case):
@@ -74,14 +97,19 @@ def test_first_layer(case):
     if "layer1_attn_out" not in golden:
         return
     decoder, mask = model.module.decoder, golden["attention_mask"][..., None]
-    x = model.module.input_embeddings(batch, EXACT)
+    x = forward(model.module, batch, table)["x"]
     from vlm2vec_jax.nn.compute import layer_at
 
     layer = layer_at(decoder.layers, 0)
     places = decoder.places(batch, table)
-    attended = layer.attn(layer.input_norm(x), places, None, EXACT, None)
-    close(attended * mask, golden, "layer1_attn_out", 2e-5)
-    close(layer.mlp(layer.post_norm(x + attended), None) * mask, golden, "layer1_mlp_out", 2e-5)
+
+    @jax.jit
+    def first(x):
+        attended = layer.attn(layer.input_norm(x), places, None, EXACT, None)
+        return attended, layer.mlp(layer.post_norm(x + attended), None)
+
+    for part, name in zip(first(x), ("attn", "mlp")):
+        close(part * mask, golden, f"layer1_{name}_out", 2e-5)
 
 
 def test_vision(case):
@@ -94,12 +122,12 @@ def test_vision(case):
         for row in range(len(batch.tokens))
         for c in range(sum(golden["crops_used"][golden["image_row"] == row]))
     ]
-    features = vision.clip(jnp.asarray(np.stack(used)), EXACT)
+    features = jax.jit(lambda crops: vision.clip(crops, EXACT))(np.stack(used))
     close(features, golden, "clip_features", 2e-5)
     if "clip_hidden_0_crop0" in golden:
         for i, state in enumerate(vision.clip.hidden_states(jnp.asarray(used[0])[None], EXACT)):
             close(state[0], golden, f"clip_hidden_{i}_crop0", 2e-5)
-    table = vision.table(batch.visual, EXACT)
+    table = jax.jit(lambda visual: vision.table(visual, EXACT))(batch.visual)
     rows, at = np.nonzero(batch.feature_index >= 0)
     close(np.asarray(table)[rows, batch.feature_index[rows, at]], golden, "image_embeds", 2e-5)
     if "hd_features_before_projection" in golden:
@@ -111,7 +139,7 @@ def test_vision(case):
 
 def test_bf16_stays_near_float32(case):
     model, golden, batch, table = case
-    found = model.module(batch, Compute("bfloat16"), rope_table=table)[:, 0]
+    found = embed(model.module, batch, Compute("bfloat16"), table)[:, 0]
     cosine = np.sum(np.asarray(found) * golden["embedding"], axis=-1)
     assert cosine.min() > 0.999
 
@@ -120,9 +148,9 @@ def test_remat_changes_nothing(models, goldens):
     model = models["tiny_mha"]
     golden = load_npz(goldens / "forward/tiny_mha/text_rightpad.npz")
     batch = golden_batch(model.config, golden)
-    plain = model.module(batch, EXACT)
+    plain = embed(model.module, batch)
     for remat in ("dots", "full"):
-        again = model.module(batch, Compute("float32", remat=remat))
+        again = embed(model.module, batch, Compute("float32", remat=remat))
         np.testing.assert_allclose(np.asarray(again), np.asarray(plain), atol=1e-6)
 
 
@@ -130,7 +158,7 @@ def test_rope_table_follows_each_sequence(models, goldens):
     """A short row beside a long one is embedded as it is alone, unlike in the reference."""
     model = models["tiny_mha"]
     golden = load_npz(goldens / "forward/tiny_mha/text_over_orig_max.npz")
-    both = model.module(golden_batch(model.config, golden), EXACT)
+    both = embed(model.module, golden_batch(model.config, golden))
     alone = load_npz(goldens / "forward/tiny_mha/text_rightpad.npz")["embedding"][0]
     np.testing.assert_allclose(np.asarray(both[1, 0]), alone, atol=2e-6)
     np.testing.assert_allclose(np.asarray(both[0, 0]), golden["embedding"][0], atol=2e-6)
@@ -146,7 +174,7 @@ def test_global_view_on_the_device(width, height, crops):
     other = crop_info(hd_geometry(28, 28, 1, 28))
     row_info = np.concatenate([info, other, np.zeros((1, 5), np.int32)])
     row = np.concatenate([pixels, pixels[: len(other)], np.zeros((1, 28, 28, 3), np.uint8)])
-    found = np.asarray(with_global_views(jnp.asarray(row)[None], jnp.asarray(row_info)[None]))[0]
+    found = np.asarray(jax.jit(with_global_views)(row[None], row_info[None]))[0]
     expected = global_view_numpy(pixels, info)
     np.testing.assert_allclose(found[0], np.asarray(expected).reshape(found[0].shape), atol=2e-6)
     second = global_view_numpy(row[len(info) : len(info) + 2], other)

@@ -40,6 +40,7 @@ PAIRS = 16
 LAYER = 64 * 2 * 128
 """Elements of the largest kernel of one layer (gate and up)."""
 TABLE = 512 * 64
+LONG = (pytest.mark.slow, pytest.mark.long)
 CROP_TOKENS = 5
 """Patches of a crop and the class token."""
 
@@ -91,9 +92,9 @@ def gathers(found):
     ("kind", "cached"),
     [
         ("lora", True),
-        pytest.param("dora", True, marks=pytest.mark.slow),
-        pytest.param("lora", False, marks=pytest.mark.slow),
-        pytest.param("none", True, marks=pytest.mark.slow),
+        pytest.param("dora", True, marks=LONG),
+        pytest.param("lora", False, marks=LONG),
+        pytest.param("none", True, marks=LONG),
         pytest.param("none", False, marks=pytest.mark.slow),
     ],
 )
@@ -129,10 +130,10 @@ TRAINED = {kind: functools.partial(_trained, kind) for kind in ("lora", "dora", 
 
 FSDP = [
     ("lora", (2, 4, 1), True),
-    pytest.param("dora", (2, 4, 1), True, marks=pytest.mark.slow),
-    pytest.param("none", (2, 4, 1), True, marks=pytest.mark.slow),
+    pytest.param("dora", (2, 4, 1), True, marks=LONG),
+    pytest.param("none", (2, 4, 1), True, marks=LONG),
     pytest.param("dora", (2, 4, 1), False, marks=pytest.mark.slow),
-    pytest.param("lora", (2, 2, 2), True, marks=pytest.mark.slow),
+    pytest.param("lora", (2, 2, 2), True, marks=LONG),
     pytest.param("none", (2, 2, 2), True, marks=pytest.mark.slow),
 ]
 
@@ -229,7 +230,7 @@ def _values(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=LONG)])
 def test_every_mesh_gives_the_values_of_one_device(folder, cached):
     module, batch = _values(folder)
     if not cached:

@@ -41,7 +41,7 @@ def column(output, name) -> list[float]:
 
 
 @slow
-@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+@pytest.mark.parametrize("kind", ["full", "dora", pytest.param("lora", marks=pytest.mark.long)])
 def test_curves_of_the_reference(kind, goldens, repository, tmp_path):
     folder = goldens / "end_to_end/train"
     said = json.loads((folder / "expected.json").read_text())
@@ -66,6 +66,7 @@ def test_curves_of_the_reference(kind, goldens, repository, tmp_path):
             "output": tmp_path / "out",
             "adapter.type": "none" if kind == "full" else kind,
             "adapter.dropout": 0,
+            "remat": "none",
             "model.adapter": "" if kind == "full" else goldens / f"adapters/tiny_mha_{kind}_r8",
         }.items()
     ]

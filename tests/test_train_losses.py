@@ -83,7 +83,12 @@ def test_the_learned_temperature_is_trained_and_kept(alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "form"), [((2, 4, 1), "ring"), ((8, 1, 1), "tiled"), ((2, 2, 2), "dense")]
+    ("mesh", "form"),
+    [
+        ((2, 4, 1), "ring"),
+        ((2, 2, 2), "tiled"),
+        pytest.param((8, 1, 1), "dense", marks=pytest.mark.long),
+    ],
 )
 def test_all_options_on_meshes_with_grad_cache(run, alone, mesh, form):
     data, fsdp, tensor = mesh

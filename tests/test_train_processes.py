@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulated
 from small_models import SIZES, write_train
 from test_multiprocess import free_port
 
@@ -59,7 +60,7 @@ def start(argv, repository, processes, log: Path, devices=8):
     """Start the processes of a run; returns them with their logs."""
     port = free_port()
     env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices // processes}"
+    env["XLA_FLAGS"] = simulated.flags(devices // processes)
     found = []
     for process in range(processes):
         more = ["--start_timeout", "100"]

@@ -33,6 +33,7 @@ SPEC = StepSpec(Compute("float32"), temperature=0.1)
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "k_proj", "q_proj", "out_proj")
 ONE = (1, 1, 1)
 slow = pytest.mark.slow
+LONG = (pytest.mark.slow, pytest.mark.long)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,7 +118,7 @@ def same(found, expected):
     check_gradients(found[1], expected[1], relative=2e-5, absolute=1e-7)
 
 
-@pytest.mark.parametrize("chunk_tokens", [64, pytest.param(200, marks=slow)])
+@pytest.mark.parametrize("chunk_tokens", [64, pytest.param(200, marks=LONG)])
 def test_cached_is_plain(chunk_tokens, folder, processor, encoded, plain):
     batch = train_batch(processor, encoded, chunk_tokens=chunk_tokens, row_tokens=64)
     counts = [(int(g.num_chunks), g.batch.tokens.shape[:2]) for g in batch.groups]
@@ -131,8 +132,8 @@ def test_cached_is_plain(chunk_tokens, folder, processor, encoded, plain):
 @pytest.mark.parametrize(
     "shape, kind",
     [
-        pytest.param((2, 2, 2), "dora", marks=slow),
-        ((2, 2, 2), "full"),
+        pytest.param((2, 2, 2), "dora", marks=LONG),
+        pytest.param((2, 2, 2), "full", marks=slow),
     ],
 )
 def test_every_mesh_gives_the_gradients_of_one_device(
@@ -210,7 +211,7 @@ def test_masked_duplicates(folder, processor, texts):
     "kind, inputs",
     [
         ("dora", "texts"),
-        pytest.param("dora", "encoded", marks=slow),
+        pytest.param("dora", "encoded", marks=LONG),
     ],
 )
 def test_dropout_is_the_same_in_both_passes(kind, inputs, folder, processor, request):

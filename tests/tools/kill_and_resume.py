@@ -76,7 +76,7 @@ class Ground:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={int(np.prod(mesh))} "
-            "--xla_backend_optimization_level=0",
+            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
