@@ -435,7 +435,8 @@ def test_two_processes_train_together(tmp_path):
         ["bash", LAUNCH / "local.sh", "--processes", "2", "--devices", "2", "--python",
          sys.executable, "--logs", tmp_path / "logs", "--port", "29571", "--restarts", "0",
          "--", "--config", "configs/mini.py", *(f"--config.{k}={v}" for k, v in flags.items())],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "XLA_FLAGS": simulated.flags(1)},
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "XLA_FLAGS": simulated.flags(1)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + (tmp_path / "logs/process-1.log").read_text()
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
