@@ -116,26 +116,6 @@ def programs_in(folder: str | None) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-@contextlib.contextmanager
-def programs_made(name: str) -> Iterator[list[str]]:
-    """The programs of functions of this name that jax compiles or loads inside the block."""
-    import jax
-
-    found: list[str] = []
-
-    def made(event: str, seconds: float, **about: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            function = str(about.get("fun_name", ""))
-            if name in function:
-                found.append(function)
-
-    jax.monitoring.register_event_duration_secs_listener(made)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(made)
-
-
 def programs_of_training(how: How) -> list[Row]:
     """Shapes of many steps at the real sizes (planned only), and programs of a few real steps."""
     bed = Bed("real")
@@ -171,6 +151,7 @@ def _real_steps(how: How) -> list[Row]:
     import jax
     import numpy as np
 
+    from vlm2vec_jax.compilation import Programs
     from vlm2vec_jax.models.loading import add_adapter
     from vlm2vec_jax.nn.compute import Compute
     from vlm2vec_jax.parallel.mesh import make_mesh
@@ -206,10 +187,10 @@ def _real_steps(how: How) -> list[Row]:
         for _ in range(steps):
             groups = packer(side(), side()).groups
             batch = trainer.put(TrainBatch(groups, np.arange(pairs, dtype=np.int32)))
-            with programs_made("train_step") as programs:
+            with Programs(only="train_step") as programs:
                 out = step(trainer.state, trainer.frozen, batch, jax.random.key(0))
                 trainer.state = jax.block_until_ready(out)[0]
-            counts.append(len(programs))
+            counts.append(programs.count)
     assert sum(counts) > 0, "no program was counted at all"
     late = sum(counts[WARM_UP:])
     return [

@@ -75,6 +75,16 @@ def test_a_run_foresees_its_shapes():
     known = packer.plan_step(sample[:256]).shapes
     for _ in range(30):
         assert packer.plan_step(sizes(256)).shapes == known
+    # Without GradCache every row is computed: nothing is added to what a batch needs.
+    plain, other = (BatchPacker(packer.rows, None, chunk_tokens=None) for _ in range(2))
+    plain.foresee(sample, 256)
+    most = {c.shape.row: c.shape for c in plain.plan_step(sample[:256]).chunks}
+    for _ in range(64):
+        other.plan_step(sizes(256))
+    drawn = {c.shape.row: c.shape for c in other.plan_step(sample[:256]).chunks}
+    assert all(shape.rows <= 2 * drawn[row].rows for row, shape in most.items() if row in drawn)
+    main = max(drawn, key=lambda row: drawn[row].rows * row.tokens)
+    assert most[main] == drawn[main]
     # A run that goes on keeps the shapes that it had.
     again = BatchPacker(packer.rows, None, chunk_tokens=8192, shapes=known[:1])
     again.foresee(sample, 256)

@@ -21,6 +21,7 @@ from vlm2vec_jax.packing import (
     choose_row_tokens,
     fill_chunks,
     plan,
+    round_chunks,
 )
 
 Size = tuple[int, int]
@@ -31,6 +32,8 @@ _VISUAL_ROWS = (64, 96, 128, 160, 192, 256, *range(384, 4097, 128))
 _EVERYTHING = 1 << 40
 _FORESEEN = 1 << 16
 """Inputs that are planned ahead, to see which shapes a run needs (about half a second)."""
+_RARE, _FEW = 16, 8
+"""What is foreseen gets room for more: groups of a so-many-th of all tokens, and so few chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +186,19 @@ class BatchPacker:
         rng = np.random.default_rng(0)
         for _ in range(int(np.clip(_FORESEEN // inputs, 4, 64))):
             self.arrange([sample[i] for i in rng.integers(0, len(sample), inputs)])
-        for row, shape in self._shapes.items():
+        if not self.cached:
+            return
+        known = self._shapes.items()
+        total = sum(shape.chunks * shape.rows * row.tokens for row, shape in known)
+        for row, shape in list(known):
             most = self.chunk_tokens // row.tokens // self.row_multiple * self.row_multiple
             if shape.chunks == 1 and 2 * shape.rows <= most:
-                # A few rows of the rare long ones: the next batch may have a few more.
-                self._shapes[row] = shape._replace(rows=2 * shape.rows)
+                if _RARE * shape.rows * row.tokens <= total:
+                    # A few rows of rare long inputs: the next batch may have a few more.
+                    self._shapes[row] = shape._replace(rows=2 * shape.rows)
+            elif shape.chunks <= _FEW:
+                # Chunks that are not needed are not run.
+                self._shapes[row] = shape._replace(chunks=round_chunks(shape.chunks + 1))
 
     def arrange(self, sizes: Sequence[Size]) -> tuple[Plan, tuple[ChunkPlan, ...]]:
         """The plan and the chunks of a batch with inputs of these sizes."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ def guarded(step: Callable[..., tuple[Any, dict[str, jax.Array]]]) -> Callable[.
       The same with one metric more, `step_skipped` (f32, 0 or 1).
     """
 
+    @functools.wraps(step)  # the compiled program has the step's name
     def run(*args: Any) -> tuple[Any, dict[str, jax.Array]]:
         before = args[-4]
         after, metrics = step(*args)
