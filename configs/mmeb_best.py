@@ -35,8 +35,6 @@ SUBSETS = (
     "MSCOCO_t2i,N24News,NIGHTS,OK-VQA,SUN397,VOC2007,VisDial,Visual7W,VisualNews_i2t,"
     "VisualNews_t2i,WebQA"
 )
-PIXELS = 28 * 28
-"""Pixels of an image token."""
 VARIANTS = {"2b": "Qwen2-VL-2B-Instruct", "7b": "Qwen2-VL-7B-Instruct"}
 
 
@@ -67,8 +65,7 @@ def get_config(arg: str = "") -> Config:
             max_examples_per_subset=50_000,  # the VLM2Vec paper's cap
             target_instruction="task",  # ReMatch: +1.8; also B3 and QQMM-embed
             resolution="native",
-            min_pixels=4 * PIXELS,  # VLM2Vec-V2
-            max_pixels=1280 * PIXELS,  # VLM2Vec-V2, Qwen3-VL-Embedding
+            pixel_limits="vlm2vec_v2",  # VLM2Vec-V2; most: Qwen3-VL-Embedding, too
             max_len=0,
         ),
         optim=OptimConfig(

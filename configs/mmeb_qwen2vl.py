@@ -8,7 +8,7 @@
 Batches of 1024 pairs (8 cards x 128 there), 2000 updates, the learning rate up to 2e-5 in 200 and
 linearly down to 0, DoRA of rank 8 and alpha 64 on the suffixes of v1, every image squeezed into a
 square of 1344 pixels and then brought under 1280 tokens, which is what the reference's training
-does (its evaluation lets the square through whole: `--max_pixels` of `evaluate`). Image tokens
+does (its evaluation lets the square through whole: `evaluate --pixel_limits=folder`). Image tokens
 have the positions of text, since the reference's model looks for `<|vision_start|>` and its data
 has none; transparent images lose their alpha, as in the transformers of its time.
 
@@ -38,8 +38,6 @@ SUBSETS = (
     "MSCOCO_t2i,N24News,NIGHTS,OK-VQA,SUN397,VOC2007,VisDial,Visual7W,VisualNews_i2t,"
     "VisualNews_t2i,WebQA"
 )
-PIXELS = 28 * 28
-"""Pixels of an image token."""
 
 # Variant -> model, mesh (data, fsdp). With 7B a chip of 16 GB shares the weights with seven others.
 VARIANTS = {
@@ -71,8 +69,7 @@ def get_config(arg: str = "") -> Config:
             split="original",
             max_examples_per_subset=100_000,  # --num_sample_per_subset of the README
             resolution="high",
-            min_pixels=256 * PIXELS,
-            max_pixels=1280 * PIXELS,
+            pixel_limits="vlm2vec_train",
             transparency="drop",
             max_len=4096,
         ),

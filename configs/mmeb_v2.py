@@ -32,8 +32,6 @@ SUBSETS = (
 )
 TARGETS = "qkv_proj,o_proj,gate_up_proj,down_proj,k_proj,q_proj,out_proj,v_proj,gate_proj,up_proj"
 """V2's default list of suffixes; v1's without the last two."""
-PIXELS = 28 * 28
-"""Pixels of an image token."""
 
 
 def get_config() -> Config:
@@ -53,8 +51,7 @@ def get_config() -> Config:
             sub_batch=64,
             max_examples_per_subset=100_000,  # the yaml's caps are at or above the sets' sizes
             resolution="native",
-            min_pixels=4 * PIXELS,  # --resize_min_pixels
-            max_pixels=1280 * PIXELS,  # --resize_max_pixels
+            pixel_limits="vlm2vec_v2",  # --resize_min_pixels and --resize_max_pixels
             transparency="drop",
             max_len=0,  # --max_len None
         ),

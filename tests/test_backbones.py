@@ -3,10 +3,13 @@
 
 Parity through the `Embedder`, packing, independence of neighbours, several devices, training on
 MMEB's layout with its exports, and the TPU's compiler. `test_backbones_parity.py` goes through the
-parts (layers, gradients, adapters, names), and what is peculiar to a family has tests of its own.
+parts (layers, gradients, adapters, names) with every golden input, and what is peculiar to a
+family has tests of its own. Compiling is nearly all that this file costs, so there are few inputs
+(two texts, one image, two images), of a text row and an image row the same everywhere.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -61,6 +64,8 @@ def _from_variants(name: str) -> list[Known]:
     for variant in VARIANTS[name]:
         found, inputs, expected = arrays(name, variant), [], []
         for case in cases(name, variant):
+            if case["name"] not in ("text", "letter", "tall", "two_bare"):
+                continue
             text = case["text"]
             if case["wrapped"] and name != "llava_next":
                 text = text.replace("<|image_", "<|vision_start|><|image_")
@@ -74,38 +79,44 @@ def _from_variants(name: str) -> list[Known]:
 
 KNOWN = {"phi3_v": _phi3v, **{n: lambda n=n: _from_variants(n) for n in VARIANTS}}
 EVERY = sorted(BACKBONES)
-_LOADED: dict[str, Embedder] = {}
 
 
+@functools.cache
 def known(name: str) -> list[Known]:
     assert name in KNOWN, f"{name} is registered but has no goldens: see docs/porting-a-backbone.md"
     return KNOWN[name]()
 
 
-def embedder(case: Known) -> Embedder:
-    key = str(case.folder)
-    if key not in _LOADED:
-        _LOADED[key] = Embedder.from_pretrained(case.folder, dtype="float32", **case.options)
-    return _LOADED[key]
+@functools.cache
+def embedder(name: str) -> Embedder:
+    case = known(name)[0]
+    return Embedder.from_pretrained(case.folder, dtype="float32", **case.options)
+
+
+@functools.cache
+def embedded(name: str) -> np.ndarray:
+    return embedder(name).encode(known(name)[0].inputs)
+
+
+@functools.cache
+def with_images(name: str) -> list[int]:
+    """Numbers of the inputs with images: alone they are packed as among all."""
+    return [i for i, item in enumerate(known(name)[0].inputs) if item.images]
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_neighbours_and_order_change_nothing(name):
-    case = known(name)[0]
-    model = embedder(case)
-    together = model.encode(case.inputs)
+def test_embeds_as_torch_does_whatever_the_neighbours_and_the_order(name):
+    case, together = known(name)[0], embedded(name)
     np.testing.assert_allclose(together, case.expected, atol=case.tolerance, rtol=0)
-    texts = [i for i, item in enumerate(case.inputs) if not item.images]
-    pictures = [i for i, item in enumerate(case.inputs) if item.images]
-    order = pictures[::-1][:4] + texts[::-1]
-    apart = model.encode([case.inputs[i] for i in order])
-    np.testing.assert_allclose(apart, together[order], atol=2e-6, rtol=0)
+    # Others are in front of each and behind it.
+    apart = embedder(name).encode(case.inputs[::-1])
+    np.testing.assert_allclose(apart[::-1], together, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_lengths_are_known_without_pixels(name):
-    case = known(name)[-1]
-    processor = embedder(case).processor
+    case = known(name)[0]
+    processor = embedder(name).processor
     layout = backbone(name).visual_layout(abstract_model(case.folder).config)
     assert layout == processor.visual_layout
     assert set(backbone(name).options) <= set(processor.settings)
@@ -119,12 +130,12 @@ def test_lengths_are_known_without_pixels(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_eight_devices_embed_as_one(name):
-    case = known(name)[0]
+    case, chosen = known(name)[0], with_images(name)
     with quick_compiler():
         spread = Embedder.from_pretrained(
             case.folder, dtype="float32", mesh=make_mesh(2, 2, 2), **case.options
-        ).encode(case.inputs)
-    np.testing.assert_allclose(spread, embedder(case).encode(case.inputs), atol=2e-6, rtol=0)
+        ).encode([case.inputs[i] for i in chosen])
+    np.testing.assert_allclose(spread, embedded(name)[chosen], atol=2e-6, rtol=0)
 
 
 @pytest.mark.slow
@@ -151,19 +162,18 @@ def test_trains_on_mmebs_layout_and_exports_embed_as_the_run_does(name, tmp_path
         train.train(check(config))
         lines = (run / "metrics.jsonl").read_text().splitlines()
         assert all(np.isfinite(json.loads(line)["loss"]) for line in lines) and len(lines) == 2
-        # One input with an image: one program for each of the models.
-        at = next(i for i, item in enumerate(case.inputs) if item.images)
-        inputs = case.inputs[at : at + 1]
-        trained = Embedder.from_pretrained(run, dtype="float32").encode(inputs)
-        assert np.abs(trained - case.expected[at]).max() > 1e-4
-        for form in ("merged", "peft"):
-            output = tmp_path / form
-            argv = ["export", "--checkpoint", run, "--format", form, "--output", output]
-            argv += ["--dtype", "float32"] * (form == "merged")
-            assert flags.call(export.main, export.define, [str(a) for a in argv]) == 0
-            again = Embedder.from_pretrained(output, dtype="float32")
-            assert again.processor.settings["max_len"] == 64
-            np.testing.assert_allclose(again.encode(inputs), trained, atol=5e-6, rtol=0)
+    chosen = with_images(name)
+    inputs = [case.inputs[i] for i in chosen]
+    found = Embedder.from_pretrained(run, dtype="float32").encode(inputs)
+    assert np.abs(found - case.expected[chosen]).max() > 1e-4
+    for form in ("merged", "peft"):
+        output = tmp_path / form
+        argv = ["export", "--checkpoint", run, "--format", form, "--output", output]
+        argv += ["--dtype", "float32", "--nomeasure"] * (form == "merged")
+        assert flags.call(export.main, export.define, [str(a) for a in argv]) == 0
+        again = Embedder.from_pretrained(output, dtype="float32")
+        assert again.processor.settings["max_len"] == 64
+        np.testing.assert_allclose(again.encode(inputs), found, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -197,9 +207,11 @@ for folder in sys.argv[1:]:
     trainer = aot.abstract_trainer(config, mesh)
     model = abstract_model(folder)
     layout = model.backbone.visual_layout(model.config)
-    shape = ChunkShape(RowShape(128, 16, 4), 4, 2)
+    shape = ChunkShape(RowShape(128, 16, 4), 4, 1)
     batch = aot.abstract_batch([shape], 16, layout, mesh)
-    report = plan.measure(aot.compile_step(trainer, StepSpec(setup.compute(config)), batch), hbm)
+    # Without GradCache, which holds the model twice: test_tpu_compile.py has it.
+    spec = StepSpec(setup.compute(config), cached=False)
+    report = plan.measure(aot.compile_step(trainer, spec, batch), hbm)
     assert report["fits"], report
     print("fits", folder)
 """

@@ -110,16 +110,13 @@ def golden(request):
     return checkpoint(*request.param)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", compiler_options=QUICK)
-def embed(graphdef, state, batch):
-    return nnx.merge(graphdef, state)(batch, EXACT)
-
-
-def embeddings(module, batch) -> dict[int, np.ndarray]:
-    """Case number -> embedding."""
-    found = np.asarray(embed(*nnx.split(module), batch))
-    slot = np.asarray(batch.slot)
-    return {int(slot[place]): found[place] for place in zip(*np.nonzero(slot >= 0))}
+@functools.partial(jax.jit, static_argnames="graphdef")
+def forward(graphdef, state, batch):
+    """Embeddings [R, S, D], merged inputs [R, T, D] and the residual stream after every layer."""
+    module = nnx.merge(graphdef, state)
+    x, deep = module.inputs(batch, EXACT)
+    states = module.decoder.hidden_states(x, module.places(batch), EXACT, deep)
+    return module(batch, EXACT), x, states
 
 
 def test_encodings(golden):
@@ -138,51 +135,51 @@ def test_encodings(golden):
             assert length == (len(item), item.units)
 
 
-def test_packed_embeddings_under_every_rule(golden):
-    """Rows that hold text, one image and several; embeddings do not depend on neighbours."""
+def results(golden, rule):
+    """Every case with our embedding, merged inputs and layers, packed among the others.
+
+    The rows hold text, one image and several; one program for all rules.
+    """
     count = len(golden.cases)
     order = [(7 * i) % count for i in range(count)]
     rows = [order[:4], order[4:8], order[8:]]
+    batch = golden.batch(rule, rows)
+    found, inputs, states = jax.tree.map(
+        np.asarray, forward(*nnx.split(golden.model.module), batch)
+    )
+    for r, row in enumerate(rows):
+        start = 0
+        for s, number in enumerate(row):
+            case = golden.cases[number]
+            own = slice(start, start + case["length"])
+            yield case, found[r, s], inputs[r, own], [x[r, own] for x in states]
+            start += case["length"]
+
+
+def test_packed_inputs_layers_and_embeddings(golden):
+    """Nothing depends on neighbours: the embeddings under every rule of positions, and under one
+    the features in their places and the residual stream, before anything is added there."""
+    whole = "mrope" if "mrope" in golden.rules else golden.rules[0]
     for rule in golden.rules:
-        found = embeddings(golden.model.module, golden.batch(rule, rows))
-        for number, case in enumerate(golden.cases):
+        for case, found, inputs, states in results(golden, rule):
             wanted = golden.arrays[f"{case['name']}/embedding/{rule}"]
-            np.testing.assert_allclose(
-                found[number], wanted, rtol=0, atol=1e-5, err_msg=f"{rule} {case['name']}"
-            )
+            said = f"{rule} {case['name']}"
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5, err_msg=said)
+            if rule == whole:
+                check_parts(golden, case, inputs, states)
 
 
-def test_merged_inputs_and_layers(golden):
-    """Features where they belong, and the residual stream after every layer."""
-    rule = "mrope" if "mrope" in golden.rules else golden.rules[0]
-    module = golden.model.module
-    batch = golden.batch(rule, [[i] for i in range(len(golden.cases))], pad=0)
-    found = jax.jit(lambda m, b: m.input_embeddings(b, EXACT))(module, batch)
-    x = found[0] if isinstance(found, tuple) else found
-    for number, case in enumerate(golden.cases):
-        wanted = golden.arrays[f"{case['name']}/inputs_embeds"]
-        kept = case.get("inputs_kept", list(range(case["length"])))
-        np.testing.assert_allclose(x[number][np.array(kept)], wanted, rtol=0, atol=2e-5)
-    states = layers(module, batch, found)
+def check_parts(golden, case, inputs, states):
+    kept = np.array(case.get("inputs_kept", range(case["length"])))
+    wanted = golden.arrays[f"{case['name']}/inputs_embeds"]
+    np.testing.assert_allclose(inputs[kept], wanted, rtol=0, atol=2e-5, err_msg=case["name"])
+    kept = np.array(case["tokens_kept"])
     for layer, state in enumerate(states):
-        for number, case in enumerate(golden.cases):
-            wanted = golden.arrays[f"{case['name']}/layer_{layer}"]
-            kept = np.array(case["tokens_kept"])
-            np.testing.assert_allclose(
-                state[number][kept], wanted, rtol=0, atol=1e-4, err_msg=f"{layer} {case['name']}"
-            )
-    assert f"text/layer_{len(states)}" not in golden.arrays
-
-
-def layers(module, batch, found):
-    """The residual stream after every text layer, before anything that is added there."""
-    if isinstance(found, tuple):
-        x, deep = found
-        places = module.decoder.places(batch)
-        run = jax.jit(lambda m, x, deep: m.decoder.hidden_states(x, places, EXACT, deep))
-        return run(module, x, deep)
-    places = module.places(batch)
-    return jax.jit(lambda m, x: m.decoder.hidden_states(x, places, EXACT))(module, found)
+        wanted = golden.arrays[f"{case['name']}/layer_{layer}"]
+        np.testing.assert_allclose(
+            state[kept], wanted, rtol=0, atol=1e-4, err_msg=f"{layer} {case['name']}"
+        )
+    assert f"{case['name']}/layer_{len(states)}" not in golden.arrays
 
 
 def contrast(golden, said: dict, params, frozen, graphdef):

@@ -20,6 +20,7 @@ NAME = PACKAGE.name
 
 ENTRY_POINTS = {"train", "evaluate", "embed", "export", "compile", "replay", "search"}
 MAINS = ENTRY_POINTS | {"flags", "data.mini_mmeb", "models.phi3v.mini", "evaluation.report"}
+MAINS |= {"models.qwen2_vl.mini"}
 MAINS |= {"data.prepare", "data.verify", "data.membership"}
 MAINS |= {"weights.compare", "weights.from_bin"}
 MAINS |= {f"evaluation.{name}" for name in ("command", "merge", "flickr", "inputs", "leaderboard")}
@@ -49,8 +50,8 @@ DEVICE_SIDE = {f"embedding.{name}" for name in ("loading", "merging", "team", "r
 SHOWN = ("evaluation.store", "evaluation.html")
 """Parts of `evaluation` that know nothing of a benchmark: fingerprints, pages."""
 TOKENIZER = "models.tokenizer"
-MAKES_TOKENIZER = {"models.phi3v.mini", "models.phi3v.mini_tokenizer"}
-"""Train the small model's tokenizer, so they may use `tokenizers` (inside a function, too)."""
+MAKES_TOKENIZER = {"models.phi3v.mini", "models.phi3v.mini_tokenizer", "models.qwen2_vl.mini"}
+"""Train the small models' tokenizers, so they may use `tokenizers` (inside a function, too)."""
 FORBIDDEN = {"torch", "torchvision", "tensorflow", "pickle", "dill", "cloudpickle", "joblib"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 COMMAND_LINE = {"absl", "argparse", "ml_collections", "click"}

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from vlm2vec_jax.data.mini_mmeb import write_mini_mmeb
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.models.phi3v import mini
-from vlm2vec_jax.models.phi3v.mini_tokenizer import training_texts
+from vlm2vec_jax.models.shared.mini_texts import training_texts
 
 
 @pytest.fixture(scope="module")

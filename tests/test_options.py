@@ -29,6 +29,17 @@ def test_what_is_given_goes_before_what_is_recorded():
     }
 
 
+def test_named_limits_replace_recorded_numbers_and_not_given_ones():
+    known = ("pixel_limits", "min_pixels", "max_pixels")
+    recorded = {"pixel_limits": "vlm2vec_train", "min_pixels": 1, "max_pixels": 2}
+    assert options.choose("qwen", known, {}, recorded) == recorded
+    assert options.choose("qwen", known, {"pixel_limits": "folder", "max_pixels": 9}, recorded) == {
+        "pixel_limits": "folder",
+        "min_pixels": None,
+        "max_pixels": 9,
+    }
+
+
 def test_options_without_use_and_unknown_words_are_refused_together():
     with pytest.raises(UserError) as error:
         options.choose(
@@ -62,7 +73,10 @@ def test_every_backbone_says_what_it_must(name):
     found = backbone(name)
     assert found.name == name
     assert set(found.options) <= set(options.OPTIONS) and "max_len" in found.options
-    assert set(found.reference_options) <= set(found.options)
+    assert set(found.reference_options) <= {"v1", "v2"}
+    for chosen in found.reference_options.values():
+        assert set(chosen) <= set(found.options)
+        assert options.choose(name, found.options, chosen).items() >= chosen.items()
     config = Config()
     config.adapter.targets = "auto"
     assert new_adapter(config, found).targets == found.targets
@@ -83,12 +97,19 @@ def test_the_authors_own_checkpoints_are_recognised(tmp_path):
 
     plain = source(tmp_path / "vlm2vec_jax" / "runs" / "adapter")
     assert not of_the_reference(plain)
-    for name in ("VLM2Vec-Qwen2VL-2B", "models--VLM2Vec--VLM2Vec-V2.0/snapshots/abc"):
+    for name, generation in (
+        ("VLM2Vec-Qwen2VL-2B", "v1"),
+        ("models--VLM2Vec--VLM2Vec-V2.0/snapshots/abc", "v2"),
+    ):
         found = source(tmp_path / name)
-        assert of_the_reference(found)
+        assert of_the_reference(found) == generation
         assert not of_the_reference(dataclasses.replace(found, record={"processor": {}}))
     (tmp_path / "vlm2vec_jax/runs/adapter/README.md").write_text("# VLM2Vec\nfine-tuned ...")
-    assert of_the_reference(plain)
+    assert of_the_reference(plain) == "v1"
+    (tmp_path / "vlm2vec_jax/runs/adapter/README.md").write_text("text\n# VLM2Vec-V2 here\n")
+    assert of_the_reference(plain) == "v2"
+    (tmp_path / "vlm2vec_jax/runs/adapter/README.md").write_text("# VLM2Vec\nNews: VLM2Vec-V2")
+    assert of_the_reference(plain) == "v1"
 
 
 def test_positions_of_several_axes_are_packed_and_announced():

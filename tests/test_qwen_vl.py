@@ -231,6 +231,11 @@ def test_resolutions_markers_and_limits():
     few = small(min_pixels=784, max_pixels=6 * 784)
     assert few.length(item)[1] <= 6 < bare.length(item)[1]
     assert few.settings["max_pixels"] == 4704
+    named = small(pixel_limits="vlm2vec_train")
+    assert (named.settings["min_pixels"], named.settings["max_pixels"]) == (200704, 1003520)
+    assert small(pixel_limits="vlm2vec_v2").settings["min_pixels"] == 3136
+    both = small(pixel_limits="vlm2vec_train", max_pixels=300000).settings
+    assert (both["pixel_limits"], both["max_pixels"]) == ("vlm2vec_train", 300000)
     assert few.settings["folder_pixels"] == bare.settings["folder_pixels"]
     assert bare.settings["max_pixels"] == bare.settings["folder_pixels"][1]
 

@@ -11,7 +11,7 @@ from vlm2vec_jax.planning import plan
 from vlm2vec_jax.row_choice import Price, batch_rows, plan_rows
 
 OPTIONS = {"most": 4096, "longest": 10_000, "step": 32}
-SMALL, REAL = Price(384, 144), Price(3072, 144)
+SMALL, REAL = Price(384, 48.0), Price(3072, 48.0)
 
 
 @given(
@@ -37,6 +37,19 @@ def test_small_models_take_short_rows_and_wide_ones_fill_them():
     assert [group.shape.tokens for group in small.groups] == [800]
     real, _ = plan_rows(photos, units, price=REAL, **{**OPTIONS, "step": 128})
     assert [group.shape.tokens for group in real.groups] == [1664]
+
+
+def test_towers_that_look_at_the_whole_row_take_fewer_images_to_a_row():
+    def flops(pairs):
+        return lambda tokens, units: 2.0 * tokens * 12 * 384**2 + units * 1e8 + pairs * units**2
+
+    alone, crowded = (Price.from_flops(384, flops(pairs)) for pairs in (0.0, 1e6))
+    assert alone.unit == crowded.unit == pytest.approx(1e8 / (24 * 384**2))
+    assert alone.crowding(1000) == 1 and crowded.crowding(100) == pytest.approx(2.5)
+    photos, units = [100] * 64, [88] * 64
+    few, many = (plan_rows(photos, units, price=p, **OPTIONS)[0] for p in (crowded, alone))
+    assert max(len(row) for group in few.groups for row in group.rows) == 1
+    assert max(len(row) for group in many.groups for row in group.rows) > 1
 
 
 def test_it_is_no_dearer_than_the_planner_s_defaults():

@@ -90,7 +90,6 @@ REFUSED = {
     "image_positions": ("sequential", "by_vision_start"),
     "resolution": ("high", "low"),
     "transparency": ("drop",),
-    "template": ("embedding",),
 }
 
 
@@ -148,6 +147,47 @@ def test_embeddings_in_the_library(backbone, variant, markers, tmp_path):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5, err_msg=case["name"])
     print(f"{backbone} {variant} {markers}: {shown} {largest:.1e}")
     assert len(shown) >= 2
+
+
+def test_the_conversation_of_qwen3_vl_embedding_is_written(tmp_path):
+    options = {"template": "embedding", "instruction": 'Say "é" {x}.'}
+    folder = model(tmp_path, "qwen3_vl", **options)
+    out = tmp_path / "out"
+    assert run(folder, out) == 0
+    template = (out / "chat_template.jinja").read_text()
+    assert (
+        '{{- "<|im_start|>system\\nSay \\"\\u00e9\\" {x}.<|im_end|>\\n<|im_start|>user' in template
+    )
+    # By hand what jinja would make of it: the very text that we tokenise.
+    said = [
+        json.loads(line[4:-4]) for line in template.splitlines() if line.startswith('{{- "<|im')
+    ]
+    ours = Embedder.from_pretrained(folder, dtype="float32").processor
+    assert f"{said[0]}text{said[1]}" == ours._templated("text")
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_the_conversation_in_the_library(tmp_path):
+    pytest.importorskip("torchvision", reason="that library's processors of videos need it")
+    library = pytest.importorskip("sentence_transformers")
+    import torch
+    from PIL import Image
+
+    out = tmp_path / "out"
+    options = {"template": "embedding", "instruction": "Find the picture"}
+    assert run(model(tmp_path, "qwen3_vl", **options), out) == 0
+    kwargs = {"dtype": torch.float32, "attn_implementation": "eager"}
+    loaded = library.SentenceTransformer(str(out), device="cpu", model_kwargs=kwargs)
+    ours = Embedder.from_pretrained(out, dtype="float32")
+    assert ours.processor.settings["template"] == "embedding"
+    found = loaded.encode(["a", "some text"])
+    np.testing.assert_allclose(found, ours.encode(["a", "some text"]), rtol=0, atol=1e-5)
+    by_name = {case["name"]: case["images"][0] for case in cases("qwen3_vl", "tied")[2:]}
+    pairs = [("What is it?", by_name["small"]), (" A", by_name["bare"])]
+    found = loaded.encode([{"image": Image.open(i), "text": t} for t, i in pairs])
+    inputs = [MultimodalInput(f"<|image_1|>{t}", (i,)) for t, i in pairs]
+    np.testing.assert_allclose(found, ours.encode(inputs), rtol=0, atol=1e-5)
 
 
 @pytest.mark.torch

@@ -99,8 +99,10 @@ class DataConfig(_Group):
         folder says.
       resolution: "native", "high", "mid" or "low", see `options.OPTIONS`; empty for what the model
         was trained with.
-      min_pixels: fewest pixels of an image, for backbones of dynamic resolution; 0 for what the
-        model folder says.
+      pixel_limits: "folder", "vlm2vec_train" or "vlm2vec_v2", see `options.OPTIONS`; empty for
+        what the model was trained with.
+      min_pixels: fewest pixels of an image, for backbones of dynamic resolution; 0 for what
+        `pixel_limits` says.
       max_pixels: the most; likewise.
       transparency: "white" or "drop"; empty for what the model was trained with.
       target_instruction: what stands in front of targets that are text alone: "task" for words by
@@ -126,6 +128,7 @@ class DataConfig(_Group):
     sub_batch: int = 0
     num_crops: int = 4
     resolution: str = ""
+    pixel_limits: str = ""
     min_pixels: int = 0
     max_pixels: int = 0
     transparency: str = ""

@@ -83,13 +83,13 @@ class Embedder(EncodingSettings):
         if quantize is not None:
             self.remarks.append(quantization.quantize(model.module, quantize).words(quantize))
         graphdef, self._state = nnx.split(model.module)
-        self._embed = jax.jit(functools.partial(_embed, graphdef, compute))
+        self._embed = _program(graphdef, compute)
         self._identity: dict[str, Any] = {}
         self._workers: Workers | None = None
         platform = jax.devices()[0].platform
         self._batches = Batches(
             dimension=self.dimension,
-            features_per_unit=processor.visual_layout.features_per_unit,
+            price=model.backbone.price(model.config),
             max_tokens=self._max_tokens,
             device=Device(
                 platform,
@@ -385,6 +385,12 @@ class Embedder(EncodingSettings):
             return jax.tree.map(jnp.asarray, batch)
         placed = NamedSharding(self._mesh, batch_spec())
         return jax.tree.map(lambda leaf: jax.device_put(leaf, placed), batch)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(graphdef, compute: Compute) -> Callable[[Any, PackedBatch], jax.Array]:
+    """One function for all models of the same form, so that another checkpoint compiles nothing."""
+    return jax.jit(functools.partial(_embed, graphdef, compute))
 
 
 def _embed(graphdef, compute: Compute, state, batch: PackedBatch) -> jax.Array:

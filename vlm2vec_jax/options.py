@@ -24,6 +24,7 @@ class Option:
       words: what it is, for `--help`.
       choices: the words it may be; empty for a whole number of at least 1, or any text.
       text: any text will do.
+      replaces: options whose recorded values no longer hold where this one is chosen.
       field: dotted path of the configuration's field, in which "" or 0 means not chosen.
     """
 
@@ -31,6 +32,7 @@ class Option:
     field: str
     choices: tuple[str, ...] = ()
     text: bool = False
+    replaces: tuple[str, ...] = ()
 
 
 OPTIONS: dict[str, Option] = {
@@ -41,6 +43,14 @@ OPTIONS: dict[str, Option] = {
         "x 672, low 128 x 128 (all without regard to their shape), or native, as they are",
         "data.resolution",
         ("native", "high", "mid", "low"),
+    ),
+    "pixel_limits": Option(
+        "how large images are to the model: folder (as its folder says; VLM2Vec v1's evaluation), "
+        "vlm2vec_train (256 to 1280 tokens; its training) or vlm2vec_v2 (4 to 1280; V2's training "
+        "and evaluation); min_pixels and max_pixels say it in numbers",
+        "data.pixel_limits",
+        ("folder", "vlm2vec_train", "vlm2vec_v2"),
+        replaces=("min_pixels", "max_pixels"),
     ),
     "min_pixels": Option("fewest pixels of an image as the model sees it", "data.min_pixels"),
     "max_pixels": Option("most pixels of an image as the model sees it", "data.max_pixels"),
@@ -105,7 +115,10 @@ def choose(
         elif option is not None and option.choices and value not in option.choices:
             problems.append(f"{name} must be one of {', '.join(option.choices)}, not {value!r}")
     raise_problems("Unusable options for this model", problems)
-    recorded = recorded or {}
+    recorded = dict(recorded or {})
+    for name, value in given.items():
+        for replaced in OPTIONS[name].replaces if value is not None and name in OPTIONS else ():
+            recorded.pop(replaced, None)
 
     def chosen(name: str) -> Any:
         value = given.get(name)

@@ -14,7 +14,7 @@ handful of programs. The rows are filled in `packing.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -213,12 +213,14 @@ def choose_row_tokens(
     candidates: Sequence[int] = tuple(range(1024, 4097, 128)),
     sample: int = 2000,
     tolerance: float = 0.015,
+    crowding: Callable[[float], float] = lambda units: 1.0,
 ) -> int:
     """Choose `visual_row_tokens` for data like this: the shortest row that is nearly the fullest.
 
     Longer rows pack better but cost more attention, so a shorter one may fall short of the best
     share by `tolerance`. A token of the decoder and a unit of the vision tower weigh as in
-    Phi-3.5-V, where a quarter of the work is the vision tower's.
+    Phi-3.5-V, where a quarter of the work is the vision tower's; where units look at each other,
+    theirs grows by `crowding`.
 
     Args:
       lengths: i[N], tokens of each item.
@@ -226,6 +228,7 @@ def choose_row_tokens(
       candidates: row lengths to try, ascending.
       sample: at most this many items, evenly spread over the input, are planned.
       tolerance: how much of the share a shorter row may lose.
+      crowding: units of a row -> cost of each, as a multiple of one alone.
 
     Returns:
       One of `candidates`; `VISUAL_ROW_TOKENS` if no item has units.
@@ -240,7 +243,9 @@ def choose_row_tokens(
     shares = []
     for tokens in candidates:
         made = plan(lengths, units, visual_row_tokens=tokens, max_row_tokens=longest)
-        shares.append(1 / (0.75 / made.token_share + 0.25 / made.unit_share))
+        rows = sum(len(group.rows) for group in made.groups)
+        tower = 0.25 * crowding(sum(g.shape.units * len(g.rows) for g in made.groups) / rows)
+        shares.append(1 / (0.75 / made.token_share + tower / made.unit_share))
     best = max(shares)
     return next(t for t, s in zip(candidates, shares, strict=True) if s >= best - tolerance)
 

@@ -2,7 +2,7 @@
 """Which row lengths embed given inputs soonest. Numpy only.
 
 A long row is better filled; a short one spends less on attention, which looks at the whole row.
-The balance depends on the lengths and on the model's width, so some lengths are tried on the
+The balance depends on the lengths and on the model's sizes, so some lengths are tried on the
 planner with a simple price. Lengths that have been used before win near ties: each new one costs
 a compiled program.
 """
@@ -10,7 +10,8 @@ a compiled program.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -20,6 +21,9 @@ _TEXT_ROWS = (32, 64, 96, 128, 192, 256, 384, TEXT_ROW_TOKENS)
 _SAMPLE = 1000
 _NEAR = 1.1
 """A length that has been used may be so much dearer than the best."""
+_SOFTMAX = 1.5
+"""Time of attention in that of its products alone."""
+_MANY = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +35,43 @@ class Price:
         key, and about half as much again on the softmax: attention equals the linear layers in a
         row of 4 D tokens. (Attention is dense: a kernel that skips what cannot be seen would
         change this.)
-      unit_tokens: visual tokens of a unit; its vision tower costs about a third of their decoder.
+      unit: a visual unit in the vision tower, without attention to other units.
+      crowd: units of a row at which the tower's attention costs as much as the rest of it;
+        infinite where no unit looks at another (CLIP's crops).
     """
 
     width: int
-    unit_tokens: int
+    unit: float
+    crowd: float = math.inf
+
+    @classmethod
+    def from_flops(cls, width: int, flops: Callable[[int, int], float]) -> Price:
+        """The price that a model's FLOPs say.
+
+        Args:
+          width: D.
+          flops: (tokens, units) -> FLOPs of a sequence whose units are one image
+            (`Backbone.flops`), which is what dense attention over a row computes.
+        """
+        token = flops(2, 0) - flops(1, 0)
+        few, many = (flops(1, n) - flops(1, 0) for n in (_MANY, 2 * _MANY))
+        squared = max((many - 2 * few) / (2 * _MANY**2), 0.0)
+        linear = few / _MANY - squared * _MANY
+        if squared * _MANY < 1e-6 * linear:  # rounding
+            return cls(width, linear / token)
+        return cls(width, linear / token, linear / (_SOFTMAX * squared))
+
+    def crowding(self, units: float) -> float:
+        """What a unit costs in a row of so many, as a multiple of one alone."""
+        return 1 + units / self.crowd
 
     def of(self, planned: Plan) -> float:
         """The price of a plan."""
         total = 0.0
         for group in planned.groups:
             tokens, units = group.shape.tokens, group.shape.units
-            row = tokens * (1 + tokens / (4 * self.width)) + units * self.unit_tokens / 3
+            row = tokens * (1 + tokens / (4 * self.width))
+            row += units * self.unit * self.crowding(units)
             total += len(group.rows) * row
         return total
 

@@ -100,7 +100,7 @@ class Batches:
         self,
         *,
         dimension: int,
-        features_per_unit: int,
+        price: Price,
         max_tokens: int,
         device: Device,
         fill: Fill,
@@ -110,14 +110,14 @@ class Batches:
 
         Args:
           dimension: D.
-          features_per_unit: visual tokens per unit.
+          price: what rows cost in this model.
           max_tokens: most tokens of an input.
           device: where it runs.
           fill: lays encoded inputs in rows.
           compute: a batch to its embeddings [R, S, D]; may return before they are there.
         """
         self._dimension, self._max_tokens, self._device = dimension, max_tokens, device
-        self._price = Price(dimension, features_per_unit)
+        self._price = price
         self._fill, self._compute = fill, compute
         self._used_rows: set[tuple[bool, int]] = set()
         self._calls = Calls()

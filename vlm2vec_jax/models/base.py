@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlm2vec_jax.inputs import EncodedInput, MultimodalInput, VisualLayout
+from vlm2vec_jax.row_choice import Price
 from vlm2vec_jax.weights.rules import Table
 from vlm2vec_jax.weights.sentence_transformers import SentenceTransformers
 
@@ -66,8 +68,8 @@ class Backbone:
       image_size: (configuration, options by name, width, height) -> tokens and visual units of an
         image; where no processor is read. UserError for an option that it cannot do without.
       visual_layout: configuration -> layout of a row's arrays.
-      reference_options: the options that VLM2Vec's own checkpoints of this family were trained
-        with, taken where such a checkpoint is recognised.
+      reference_options: the options that VLM2Vec's own checkpoints of this family are used with,
+        by generation (`v1`, `v2`), taken where such a checkpoint is recognised.
       sentence_transformers: how an export for sentence-transformers looks, where that library can
         load this family through transformers; else the reason why it cannot, in words.
     """
@@ -87,10 +89,14 @@ class Backbone:
     flops: Callable[..., float]
     image_size: Callable[[Any, Mapping[str, Any], int, int], tuple[int, int]]
     visual_layout: Callable[[Any], VisualLayout]
-    reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reference_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     sentence_transformers: SentenceTransformers | str = (
         "nobody has tried yet whether sentence-transformers can load this family"
     )
+
+    def price(self, config: Any) -> Price:
+        """What rows cost in a model of this configuration."""
+        return Price.from_flops(self.width(config), functools.partial(self.flops, config))
 
     def is_unused(self, path: str) -> bool:
         """Whether a leaf cannot influence an embedding."""

@@ -92,14 +92,17 @@ def _trained(named: str | os.PathLike, folder: Path, record: dict[str, Any] | No
     )
 
 
-def of_the_reference(source: ModelSource) -> bool:
+def of_the_reference(source: ModelSource) -> str | None:
     """Whether a model was published by the authors of VLM2Vec, as far as its folder tells.
 
     Such a folder has no record of ours. It goes by the name in its path or hub id, the hub cache's
     folder, or its model card.
+
+    Returns:
+      Its generation, `v1` or `v2`; None for a model that is not theirs.
     """
     if source.record is not None:
-        return False
+        return None
     folder = source.adapter or source.base
     # Of the path only what names the model: people work in folders called vlm2vec.
     names = [*Path(source.named).parts[-2:]] if source.adapter is None else []
@@ -108,7 +111,11 @@ def of_the_reference(source: ModelSource) -> bool:
         card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:_CARD]
     except OSError:
         card = ""
-    return any("vlm2vec" in text.lower() for text in (*names, card))
+    if "vlm2vec" not in card.lower() + " ".join(names).lower():
+        return None
+    # Cards of v1 mention V2, so only the title of a card counts.
+    title = next((line for line in card.splitlines() if line.startswith("# ")), "")
+    return "v2" if any("vlm2vec-v2" in text.lower() for text in (*names, title)) else "v1"
 
 
 def local_folder(named: str | os.PathLike, near: Path | None = None) -> Path:

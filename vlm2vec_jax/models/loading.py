@@ -103,12 +103,11 @@ def open_processor(model: Model, source: ModelSource, given: Mapping[str, Any]) 
     """
     backbone = model.backbone
     recorded = (source.record or {}).get("processor", {})
-    published = bool(backbone.reference_options) and of_the_reference(source)
-    if published:
-        recorded = backbone.reference_options
+    published = backbone.reference_options.get(of_the_reference(source) or "", {})
+    recorded = published or recorded
     options = options_lib.choose(backbone.name, backbone.options, given, recorded)
     if published:
-        told = ", ".join(f"{name}={options[name]}" for name in backbone.reference_options)
+        told = ", ".join(f"{name}={options[name]}" for name in published)
         model.remarks.append(
             f"{source.named} is taken for one of VLM2Vec's own checkpoints: {told}. Options of "
             f"these names choose otherwise"
@@ -165,14 +164,20 @@ def add_adapter(
     if mesh is not None:
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     layers = linears(module)
+    made = {}
+    if tensors is None:
+        # Under jit, so that no float32 copy of a kernel is ever written; all in one program.
+        make = jax.jit(_new_adapters, static_argnums=(1, 2, 3), out_shardings=place)
+        kernels = {path: layers[path].kernel[...] for path in adapted}
+        ranks = tuple((path, spec.ranks) for path, spec in adapted.items())
+        made = make(kernels, ranks, dora, seed)
     for path, spec in adapted.items():
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-        # Under jit, so that no float32 copy of the kernel is ever written.
-        make = jax.jit(_new_adapter, static_argnums=(2, 3), out_shardings=place)
-        leaves = make(layers[path].kernel[...], key, spec.ranks, dora)
         if tensors is not None:
-            leaves = {name: jnp.asarray(tensors[f"{path}/{name}"]) for name in leaves}
+            names = ("lora_a", "lora_b", "magnitude")[: 3 if dora else 2]
+            leaves = {name: jnp.asarray(tensors[f"{path}/{name}"]) for name in names}
             leaves = jax.device_put(leaves, place) if place is not None else leaves
+        else:
+            leaves = made[path]
         scale = spec.scaling
         if not isinstance(scale, float):
             scale = jnp.asarray(scale)
@@ -198,6 +203,24 @@ def replace_saved(model: Model, saved: Mapping[str, Any]) -> None:
             new = new if layer is None else old.at[layer].set(new)
             leaves[rule.ours] = jax.device_put(new, old.sharding)
     model.module = fill(model.module, leaves)
+
+
+def _new_adapters(
+    kernels: Mapping[str, jax.Array],
+    ranks: tuple[tuple[str, tuple[int, ...]], ...],
+    dora: bool,
+    seed: int,
+) -> dict[str, dict[str, jax.Array]]:
+    """Leaves by linear path; each layer draws from its own."""
+    return {
+        path: _new_adapter(
+            kernels[path],
+            jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())),
+            own,
+            dora,
+        )
+        for path, own in ranks
+    }
 
 
 def _new_adapter(

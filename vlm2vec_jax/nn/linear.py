@@ -6,6 +6,9 @@ Kernels are [in, out]; a stack of layers leads every leaf with L. Adapters are f
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -91,20 +94,12 @@ class Linear(nnx.Module):
         By the low-rank identity |W|^2 + 2 s <W, A B> + s^2 |A B|^2, all per column: the only
         product with W is of rank r, and nothing of W's size is written.
         """
-        exact = jax.lax.Precision.HIGHEST
-        w = self.kernel[...].astype(jnp.float32)
-        if self.kernel_scale is not None:
-            w = w * self.kernel_scale[..., None, :]
-        a = self.lora_a[...].astype(jnp.float32)
-        b = self.lora_b[...].astype(jnp.float32)
-        own = jnp.sum(w * w, axis=-2)
-        cross = jnp.sum(jnp.matmul(a.swapaxes(-1, -2), w, precision=exact) * b, axis=-2)
-        gram = jnp.matmul(a.swapaxes(-1, -2), a, precision=exact)
-        low = jnp.sum(jnp.matmul(gram, b, precision=exact) * b, axis=-2)
+        return _dora_norm(*self._norm_inputs())
+
+    def _norm_inputs(self) -> tuple[Any, ...]:
         scale = self._scale()[..., None] if self.adapter_scale is not None else self.lora_scale
-        squared = own + 2 * scale * cross + scale**2 * low
-        # Rounding may leave a tiny negative number where W + s A B vanishes.
-        return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squared, 0.0)))
+        kernel_scale = None if self.kernel_scale is None else self.kernel_scale[...]
+        return self.kernel[...], kernel_scale, self.lora_a[...], self.lora_b[...], scale
 
     def _scale(self) -> jax.Array:
         assert self.adapter_scale is not None
@@ -152,6 +147,27 @@ def refresh_dora_norms(model: nnx.Module) -> None:
 
     Called once per step, outside the chunk loop: the norm depends on weights alone.
     """
-    for module in linears(model).values():
-        if module.magnitude is not None:
-            module.column_norm = DoraNorm(module.dora_norm())
+    chosen = [module for module in linears(model).values() if module.magnitude is not None]
+    norms = _dora_norms([module._norm_inputs() for module in chosen])
+    for module, norm in zip(chosen, norms, strict=True):
+        module.column_norm = DoraNorm(norm)
+
+
+def _dora_norm(kernel, kernel_scale, lora_a, lora_b, scale) -> jax.Array:
+    exact = jax.lax.Precision.HIGHEST
+    w, a, b = (x.astype(jnp.float32) for x in (kernel, lora_a, lora_b))
+    if kernel_scale is not None:
+        w = w * kernel_scale[..., None, :]
+    own = jnp.sum(w * w, axis=-2)
+    cross = jnp.sum(jnp.matmul(a.swapaxes(-1, -2), w, precision=exact) * b, axis=-2)
+    gram = jnp.matmul(a.swapaxes(-1, -2), a, precision=exact)
+    low = jnp.sum(jnp.matmul(gram, b, precision=exact) * b, axis=-2)
+    squared = own + 2 * scale * cross + scale**2 * low
+    # Rounding may leave a tiny negative number where W + s A B vanishes.
+    return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squared, 0.0)))
+
+
+@functools.partial(jax.jit, inline=True)
+def _dora_norms(inputs: list[tuple[Any, ...]]) -> list[jax.Array]:
+    """All norms in one program; inside of another it leaves no trace."""
+    return [_dora_norm(*each) for each in inputs]

@@ -57,13 +57,20 @@ class RowSizes:
     mean_tokens: float
 
 
-def choose_rows(sample: Sequence[Size], *, longest: int, row_tokens: int = 0) -> RowSizes:
+def choose_rows(
+    sample: Sequence[Size],
+    *,
+    longest: int,
+    row_tokens: int = 0,
+    crowding: Callable[[float], float] = lambda units: 1.0,
+) -> RowSizes:
     """Choose row lengths that waste little on data like the sample.
 
     Args:
       sample: sizes of some inputs of the run, both sides.
       longest: the longest input that the model accepts.
       row_tokens: use this length for all rows instead; 0 for a choice.
+      crowding: see `planning.choose_row_tokens`.
     """
     lengths, units = (np.array(column, np.int64) for column in zip(*sample, strict=True))
     texts = lengths[units == 0]
@@ -77,7 +84,9 @@ def choose_rows(sample: Sequence[Size], *, longest: int, row_tokens: int = 0) ->
         # Beyond a few inputs to a row the share gains little and attention pays for all of it.
         rows = [n for n in _VISUAL_ROWS if most <= n <= max(4 * most, 64)]
         rows = rows or list(_VISUAL_ROWS[-1:])
-        visual = choose_row_tokens(lengths, units, candidates=rows, tolerance=0.03)
+        visual = choose_row_tokens(
+            lengths, units, candidates=rows, tolerance=0.03, crowding=crowding
+        )
     planned = plan(
         lengths, units, row_tokens=text, visual_row_tokens=visual, max_row_tokens=longest
     )

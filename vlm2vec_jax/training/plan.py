@@ -68,6 +68,7 @@ def shapes(config: Config, model: Model, sizes: list[Size], shards: int) -> Shap
         sizes,
         longest=model.backbone.max_tokens(model.config),
         row_tokens=config.packing.row_tokens,
+        crowding=model.backbone.price(model.config).crowding,
     )
     chunk_tokens = shards * (config.packing.chunk_tokens or setup.ACCELERATOR_CHUNK_TOKENS)
     fits = sum(tokens for tokens, _ in sizes) <= 0.9 * chunk_tokens

@@ -168,6 +168,7 @@ def choose_packing(
         sizes,
         longest=model.backbone.max_tokens(model.config),
         row_tokens=config.packing.row_tokens,
+        crowding=model.backbone.price(model.config).crowding,
     )
     inputs = (2 + config.loss.negatives) * config.batch_size
     tokens = inputs * float(np.mean([t for t, _ in sizes]))

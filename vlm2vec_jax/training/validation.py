@@ -79,7 +79,7 @@ class Validation:
         self._embed = embedding_function(trainer.graphdef, compute, mesh)
         self._batches = Batches(
             dimension=model.backbone.width(model.config),
-            features_per_unit=processor.visual_layout.features_per_unit,
+            price=model.backbone.price(model.config),
             max_tokens=model.backbone.max_tokens(model.config),
             device=Device(platform, shards, _BUDGET.get(platform, 16384) * shards),
             fill=lambda rows, encoded, shape, count: fill(

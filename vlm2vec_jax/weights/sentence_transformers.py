@@ -4,7 +4,8 @@
 The forms are those of sentence-transformers 6.2 that 5 and vLLM read as well: module types in
 their older spelling, pooling of the last token, normalisation, a modality `message` (without it a
 text with an image is refused), and a chat template that joins parts without any marks of turns,
-because VLM2Vec models were trained on plain prompts.
+because VLM2Vec models were trained on plain prompts; or with those of the model's own conversation,
+where it was recorded with one.
 
 What changes an encoding and is another way there is refused (`check_settings`) or written down
 (markers, pixel limits, resizing by Pillow). Only the longest text cannot be (`remark`).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ class SentenceTransformers:
       requires: processor setting -> the only value that transformers has, and what it does.
       pixel_limits: the settings `min_pixels` and `max_pixels` go to the image processor's file.
       pillow: transformers would resize with torchvision, and we do it as Pillow.
+      conversations: setting `template` -> what stands before and behind images and text, with
+        `{instruction}` where the setting of that name stands.
     """
 
     image: str
@@ -43,6 +47,7 @@ class SentenceTransformers:
     requires: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     pixel_limits: bool = False
     pillow: bool = False
+    conversations: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
 # Images of all messages come first, then the system's text (which is the prompt, as
@@ -62,20 +67,25 @@ _TEMPLATE = """\
 {%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
+{{- BEFORE -}}
 {%- if seen.images -%}
 {{- IMAGE * seen.images -}}
-{%- if seen.text and seen.text[0] not in ' \\n\\t' -%}{{- ' ' -}}{%- endif -%}
+{%- if seen.text and seen.text[0] not in ' \\n\\t' -%}{{- GAP -}}{%- endif -%}
 {%- endif -%}
 {{- seen.text -}}
+{{- BEHIND -}}
 """
 
 
-def chat_template(image: str) -> str:
-    """The raw template (jinja): images, then prompt, then text; nothing of a conversation.
+def chat_template(image: str, before: str = "", behind: str = "") -> str:
+    """The raw template (jinja): images, then prompt, then text.
 
-    One space parts images from a text that does not begin with one.
+    Without a conversation around them, one space parts images from a text that does not begin
+    with one, as in VLM2Vec's data.
     """
-    return _TEMPLATE.replace("IMAGE", json.dumps(image))
+    gap = "" if before or behind else " "
+    parts = {"BEFORE": before, "IMAGE": image, "GAP": gap, "BEHIND": behind}
+    return re.sub("|".join(parts), lambda found: json.dumps(parts[found[0]]), _TEMPLATE)
 
 
 def check_settings(form: SentenceTransformers, settings: Mapping[str, Any], named: str) -> None:
@@ -179,7 +189,11 @@ def write_files(
     names = dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding")
     _write(folder / "2_Normalize" / "config.json", names)
     image = form.wrapped if settings.get("image_markers") == "wrapped" else form.image
-    (folder / "chat_template.jinja").write_text(chat_template(image), encoding="utf-8")
+    around = form.conversations.get(settings.get("template", ""), ("", ""))
+    said = settings.get("instruction", "")
+    before, behind = (text.replace("{instruction}", said) for text in around)
+    template = chat_template(image, before, behind)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     # The older place of the template, which some versions prefer, would say something else.
     (folder / "chat_template.json").unlink(missing_ok=True)
 

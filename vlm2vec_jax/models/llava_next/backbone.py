@@ -55,7 +55,7 @@ BACKBONE = Backbone(
     image_size=planned_image_size,
     visual_layout=visual_layout,
     # Trained with transformers 4.46, which drops alpha, on squares of 1344 pixels.
-    reference_options={"resolution": "high", "transparency": "drop"},
+    reference_options={"v1": {"resolution": "high", "transparency": "drop"}},
     sentence_transformers=(
         "transformers 5, which sentence-transformers loads models with, rebuilds LLaVA-NeXT's "
         "tokenizer and gives other ids behind <image>, so embeddings would differ from ours"

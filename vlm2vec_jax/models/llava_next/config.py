@@ -8,14 +8,19 @@ defaults are here. A value that changes the result and is not implemented is an 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.errors import raise_problems
 from vlm2vec_jax.models.shared.clip_config import IMAGE_MEAN, IMAGE_STD, ClipConfig, read_clip
+from vlm2vec_jax.models.shared.config_fields import (
+    Fields,
+    check_image_processing,
+    image_fields,
+    read_config_file,
+    three,
+)
 from vlm2vec_jax.models.shared.decoder_config import DecoderConfig
-from vlm2vec_jax.models.tokenizer import read_json
 
 _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {
@@ -40,7 +45,6 @@ _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-_BICUBIC = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,54 +103,41 @@ def from_hf(folder: str | Path) -> LlavaNextConfig:
       UserError: if `config.json` is missing or unreadable, or values are missing, contradictory
         or not implemented; all such values in one message.
     """
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing: is {folder} a model folder?")
-    return from_dicts(read_json(path), image_settings(Path(folder)), origin=str(path))
+    problems: list[str] = []
+    images = image_fields(folder, problems)
+    origin = str(Path(folder) / "config.json")
+    return _assemble(read_config_file(folder), images, problems, origin)
 
 
-def image_settings(folder: Path) -> dict[str, Any]:
-    """The image processor's settings: `preprocessor_config.json`, else `processor_config.json`."""
-    raw = read_json(folder / "preprocessor_config.json")
-    if raw:
-        return raw
-    raw = read_json(folder / "processor_config.json")
-    # Newer transformers keeps the image processor's part one level down.
-    nested = raw.get("image_processor")
-    return nested if isinstance(nested, dict) else {}
-
-
-def from_dicts(
-    raw: dict[str, Any], images: dict[str, Any] | None = None, *, origin: str = "config.json"
-) -> LlavaNextConfig:
+def from_dicts(raw: dict[str, Any], images: dict[str, Any] | None = None) -> LlavaNextConfig:
     """Build the configuration from the fields of `config.json`.
 
     Args:
       raw: the parsed file.
       images: the image processor's settings; {} or None for its defaults.
-      origin: what to call `raw` in error messages.
 
     Raises:
       UserError: listing every value that is missing, inconsistent or not implemented.
     """
     problems: list[str] = []
-    _expect(problems, raw, "vision_feature_select_strategy", ("default",))
-    _expect(problems, raw, "projector_hidden_act", ("gelu",))
-    text = raw.get("text_config")
-    if not isinstance(text, dict):
-        problems.append(f"text_config must describe the decoder, not {text!r:.60}")
-        text = {}
+    fields = Fields(images or {}, "preprocessor_config.json", problems)
+    check_image_processing(fields)
+    return _assemble(raw, fields, problems, "config.json")
+
+
+def _assemble(
+    raw: dict[str, Any], images: Fields, problems: list[str], origin: str
+) -> LlavaNextConfig:
+    whole = Fields(raw, "", problems)
+    whole.expect("vision_feature_select_strategy", ("default",))
+    whole.expect("projector_hidden_act", ("gelu",))
+    text = Fields(raw.get("text_config"), "text_config", problems)
     kind = text.get("model_type", "llama")
-    if kind not in _TEXT_DEFAULTS:
-        told = " and ".join(_TEXT_DEFAULTS)
-        problems.append(f"text_config.model_type is {kind!r}; implemented are {told}")
-    text = {**_TEXT_DEFAULTS.get(kind, {}), **text}
-    vision = raw.get("vision_config")
-    if not isinstance(vision, dict):
-        problems.append(f"vision_config must describe the vision tower, not {vision!r:.60}")
-        vision = dataclasses.asdict(ClipConfig())
-    _expect(problems, vision, "model_type", ("clip_vision_model",), "vision_config.")
-    clip = read_clip(problems, vision)
+    text.expect("model_type", tuple(_TEXT_DEFAULTS))
+    text.values = {**_TEXT_DEFAULTS.get(str(kind), {}), **text.values}
+    vision = Fields(raw.get("vision_config"), "vision_config", problems)
+    vision.expect("model_type", ("clip_vision_model",))
+    clip = read_clip(problems, vision.values or dataclasses.asdict(ClipConfig()))
     layer = raw.get("vision_feature_layer", -2)
     if not _whole(layer) or not 0 < clip.layers_used(layer) <= clip.num_hidden_layers:
         problems.append(
@@ -154,74 +145,74 @@ def from_dicts(
             f"layers is implemented"
         )
         layer = -2
-    for whole, part, words in (
+    for size, part, words in (
         (clip.image_size, clip.patch_size, "the tile by a patch"),
         (clip.hidden_size, clip.num_attention_heads, "CLIP's hidden_size by its heads"),
     ):
-        if whole % part:
-            problems.append(f"{whole} is not divisible by {part}: {words}")
-    images = images or {}
+        if size % part:
+            problems.append(f"{size} is not divisible by {part}: {words}")
     config = LlavaNextConfig(
-        text=_decoder(problems, text),
-        vocab_size=_size(problems, text, "vocab_size", 32000),
-        rope_theta=_theta(problems, text),
-        max_position_embeddings=_size(problems, text, "max_position_embeddings"),
+        text=_decoder(text),
+        vocab_size=text.size("vocab_size", 32000),
+        rope_theta=_theta(text),
+        max_position_embeddings=text.size("max_position_embeddings"),
         clip=clip,
         feature_layer=layer,
         projector_bias=bool(raw.get("multimodal_projector_bias", True)),
         pinpoints=_pinpoints(problems, raw, images, clip.image_size),
         image_token_id=_image_token(problems, raw),
-        **_norm(problems, images),
+        image_mean=three(images, "image_mean", IMAGE_MEAN),
+        image_std=three(images, "image_std", IMAGE_STD),
         pad_token_id=text.get("pad_token_id"),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
-    _check_images(problems, images, clip.image_size)
+    _check_images(images, clip.image_size)
     raise_problems(f"{origin} describes a model that is not implemented", problems)
     return config
 
 
-def _decoder(problems: list[str], text: dict[str, Any]) -> DecoderConfig:
-    _expect(problems, text, "hidden_act", ("silu",), "text_config.")
-    _expect(problems, text, "attention_dropout", (0, 0.0), "text_config.")
-    _expect(problems, text, "attention_bias", (False,), "text_config.")
-    _expect(problems, text, "mlp_bias", (False,), "text_config.")
-    heads = _size(problems, text, "num_attention_heads")
-    hidden = _size(problems, text, "hidden_size")
-    kv_heads = _size(problems, text, "num_key_value_heads", heads)
-    head = text.get("head_dim")
-    head = hidden // heads if head is None else _size(problems, text, "head_dim")
+def _decoder(text: Fields) -> DecoderConfig:
+    text.expect("hidden_act", ("silu",))
+    text.expect("attention_dropout", (0, 0.0))
+    text.expect("attention_bias", (False,))
+    text.expect("mlp_bias", (False,))
+    heads, hidden = text.size("num_attention_heads"), text.size("hidden_size")
+    kv_heads = text.size("num_key_value_heads", heads)
+    head = text.size("head_dim", max(hidden // heads, 1))
     if heads % kv_heads or head % 2:
-        problems.append(
+        text.problems.append(
             f"text_config: {heads} heads of width {head} and {kv_heads} of keys do not fit together"
         )
     window = text.get("sliding_window")
     if window is not None and (not _whole(window) or window < 1):
-        problems.append(f"text_config.sliding_window is {window!r}; null or a positive number")
+        text.problems.append(f"text_config.sliding_window is {window!r}; null or a positive number")
         window = None
-    if any(kind != "sliding_attention" for kind in text.get("layer_types") or ()):
-        if any(kind != "full_attention" for kind in text["layer_types"]):
-            problems.append("text_config.layer_types: layers of several kinds are not implemented")
+    kinds = set(text.get("layer_types") or ())
+    if kinds - {"sliding_attention"}:
+        if kinds - {"full_attention"}:
+            text.problems.append("text_config.layer_types: several kinds are not implemented")
         window = None
     return DecoderConfig(
         hidden_size=hidden,
-        mlp_size=_size(problems, text, "intermediate_size"),
-        num_layers=_size(problems, text, "num_hidden_layers"),
+        mlp_size=text.size("intermediate_size"),
+        num_layers=text.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_size=head,
-        rms_norm_eps=_number(problems, text, "rms_norm_eps"),
+        rms_norm_eps=text.number("rms_norm_eps"),
         # Transformers' window counts the query's own token.
         window=None if window is None else window - 1,
     )
 
 
-def _theta(problems: list[str], text: dict[str, Any]) -> float:
+def _theta(text: Fields) -> float:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
-        problems.append(f"text_config: rotary positions of type {kind!r} are not implemented")
+        text.problems.append(f"text_config: rotary positions of type {kind!r} are not implemented")
         rope = {}
-    return _number(problems, {**text, **rope}, "rope_theta")
+    # The newer place goes first; the defaults above are in the older one.
+    return Fields({**text.values, **rope}, text.name, text.problems).number("rope_theta")
 
 
 def _image_token(problems: list[str], raw: dict[str, Any]) -> int:
@@ -233,7 +224,7 @@ def _image_token(problems: list[str], raw: dict[str, Any]) -> int:
 
 
 def _pinpoints(
-    problems: list[str], raw: dict[str, Any], images: dict[str, Any], tile: int
+    problems: list[str], raw: dict[str, Any], images: Fields, tile: int
 ) -> tuple[tuple[int, int], ...]:
     model = raw.get("image_grid_pinpoints") or [list(p) for p in _PINPOINTS]
     mine = images.get("image_grid_pinpoints") or model
@@ -255,59 +246,13 @@ def _pinpoints(
     return tuple((p[0], p[1]) for p in model)
 
 
-def _norm(problems: list[str], images: dict[str, Any]) -> dict[str, Any]:
-    out = {}
-    for name, default in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-        value = images.get(name) or default
-        try:
-            first, second, third = (float(v) for v in value)
-        except (TypeError, ValueError):
-            problems.append(f"preprocessor_config.json: {name} must be three numbers: {value!r}")
-            first, second, third = default
-        out[name] = (first, second, third)
-    return out
-
-
-def _check_images(problems: list[str], images: dict[str, Any], tile: int) -> None:
+def _check_images(images: Fields, tile: int) -> None:
     """What the image processor may be told: nothing but what it does here."""
-    name = "preprocessor_config.json: "
-    for field in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"):
-        _expect(problems, images, field, (True,), name)
-    _expect(problems, images, "resample", (_BICUBIC,), name)
-    factor = images.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, (int, float)) or abs(factor - 1 / 255) > 1e-9:
-        problems.append(f"{name}rescale_factor is {factor!r}; implemented is 1/255")
+    images.expect("do_pad", (True,))
     whole = {"height": tile, "width": tile}
-    _expect(problems, images, "size", ({"shortest_edge": tile}, whole, tile), name)
+    images.expect("size", ({"shortest_edge": tile}, whole, tile))
     if images.get("do_center_crop", True):
-        _expect(problems, images, "crop_size", (whole, tile), name)
-
-
-def _expect(
-    problems: list[str], raw: dict[str, Any], name: str, allowed: Collection[Any], where: str = ""
-) -> None:
-    """Complain if a field has a value that is not implemented; absent is fine."""
-    value = raw.get(name)
-    if value is not None and value not in allowed:
-        told = " or ".join(repr(v) for v in allowed)
-        problems.append(f"{where}{name} is {value!r}; implemented is {told}")
-
-
-def _size(problems: list[str], raw: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = raw.get(name)
-    value = default if value is None else value
-    if value is None or not _whole(value) or value < 1:
-        problems.append(f"text_config.{name} must be a whole number of at least 1, not {value!r}")
-        return 1
-    return value
-
-
-def _number(problems: list[str], raw: dict[str, Any], name: str) -> float:
-    value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        problems.append(f"text_config.{name} must be a positive number, not {value!r}")
-        return 1.0
-    return float(value)
+        images.expect("crop_size", (whole, tile))
 
 
 def _whole(value: Any) -> bool:

@@ -26,8 +26,8 @@ from vlm2vec_jax.models.phi3v.mini_tokenizer import (
     build_tokenizer,
     named_tokens,
     tokenizer_config,
-    training_texts,
 )
+from vlm2vec_jax.models.shared.mini_texts import training_texts
 
 MANIFEST = "mini_model.json"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

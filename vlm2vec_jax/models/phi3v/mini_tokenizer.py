@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.inputs import IMAGE_MARKER
 
 SPECIAL_TOKENS = (
     ["<|endoftext|>", "<|assistant|>"]
@@ -23,29 +19,6 @@ SPECIAL_TOKENS = (
 )
 """Phi-3.5-Vision's added tokens in their order; `<|endoftext|>` is its padding and eos token."""
 STRIP_RIGHT = {"</s>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"}
-
-
-def training_texts(data: str | Path) -> list[str]:
-    """Read the texts of every training subset, cut at image markers as the processor cuts them.
-
-    Raises:
-      UserError: if there is no training parquet below the folder.
-    """
-    import pyarrow.parquet as pq
-
-    root = Path(data)
-    root = root / "train" if (root / "train").is_dir() else root
-    files = sorted(root.glob("*/*.parquet"))
-    if not files:
-        raise UserError(f"no <Subset>/<split>-*.parquet below {root}: is this a training folder?")
-    texts: list[str] = []
-    for file in files:
-        names = pq.read_schema(file).names
-        columns = [name for name in ("qry", "pos_text") if name in names]
-        for column in pq.read_table(file, columns=columns).columns:
-            for text in column.to_pylist():
-                texts += [piece for piece in IMAGE_MARKER.split(text)[::2] if piece]
-    return texts
 
 
 def build_tokenizer(texts: Sequence[str], pieces: int) -> dict:

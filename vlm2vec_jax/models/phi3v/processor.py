@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.errors import raise_problems
 from vlm2vec_jax.images import (
     EXIF_MODES,
     ExifMode,
@@ -48,6 +48,7 @@ from vlm2vec_jax.models.phi3v.hd_transform import (
     hd_geometry,
     image_feature_index,
 )
+from vlm2vec_jax.models.shared.processor import ImageParts, ImageTextProcessor, marked_images
 from vlm2vec_jax.models.tokenizer import TextTokenizer, load_tokenizer, read_json
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ DEFAULT_NUM_CROPS = 16
 _TOKENIZER_CLASS = "LlamaTokenizerFast"
 
 
-class Phi3VProcessor:
+class Phi3VProcessor(ImageTextProcessor):
     """Turns texts and images into token ids, 8-bit crops and the feature index (host side).
 
     Thread-safe; nothing in it changes after construction.
@@ -111,14 +112,18 @@ class Phi3VProcessor:
         if exif not in EXIF_MODES:
             problems.append(f"exif must be one of {', '.join(EXIF_MODES)}, not {exif!r}")
         raise_problems("Unusable settings of the Phi-3.5-Vision processor", problems)
-        self._tokenizer = tokenizer
         self._crop = int(crop_size)
         self._patch = int(patch_size)
         self._side = self._crop // self._patch // 2
         self._order = hd_order
         self._num_crops = int(num_crops)
-        self._max_len = None if max_len is None else int(max_len)
         self._exif: ExifMode = exif
+        layout = VisualLayout(
+            shared_features=SHARED_FEATURES,
+            features_per_unit=self._side**2,
+            units={"crops": ((self._crop, self._crop, 3), "uint8"), "crop_info": ((5,), "int32")},
+        )
+        super().__init__(tokenizer, layout, None if max_len is None else int(max_len))
 
     @classmethod
     def from_pretrained(
@@ -157,34 +162,9 @@ class Phi3VProcessor:
         )
 
     @property
-    def tokenizer(self) -> TextTokenizer:
-        """The text tokenizer in use."""
-        return self._tokenizer
-
-    @property
-    def tokenizer_hash(self) -> str:
-        """sha256 (hex) of `tokenizer.json`."""
-        return self._tokenizer.hash
-
-    @property
     def num_crops(self) -> int:
         """The most local crops an image is cut into."""
         return self._num_crops
-
-    @property
-    def max_len(self) -> int | None:
-        """The most tokens of a text without an image; None means the tokenizer's own limit."""
-        return self._max_len
-
-    @property
-    def visual_layout(self) -> VisualLayout:
-        """How a row's visual feature table is laid out: newline, separator, then the crops."""
-        crop = ((self._crop, self._crop, 3), "uint8")
-        return VisualLayout(
-            shared_features=SHARED_FEATURES,
-            features_per_unit=self._side**2,
-            units={"crops": crop, "crop_info": ((5,), "int32")},
-        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -235,21 +215,8 @@ class Phi3VProcessor:
             index = np.full(len(tokens), -1, np.int32)
             return EncodedInput(tokens, index, np.arange(len(tokens), dtype=np.int32))
         pieces, numbers = _split(item)
-        crops, infos, indices = [], [], []
-        units = 0
-        for image in item.images:
-            rgb = load_image(image, exif=self._exif)
-            geometry = self._geometry(image, rgb.size)
-            crops.append(cut_crops(rgb, geometry))
-            infos.append(crop_info(geometry))
-            indices.append(self._feature_index(geometry, units))
-            units += geometry.units
+        visual, indices, _, units = self._images(item.images)
         tokens, index = self._interleave(pieces, numbers, indices)
-        one = len(crops) == 1  # spares a copy of megabytes
-        visual = {
-            "crops": crops[0] if one else np.concatenate(crops),
-            "crop_info": infos[0] if one else np.concatenate(infos),
-        }
         positions = np.arange(len(tokens), dtype=np.int32)
         return EncodedInput(tokens, index, positions, visual, units)
 
@@ -275,10 +242,12 @@ class Phi3VProcessor:
     def _piece_ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, truncate=False)
 
-    def _feature_index(self, geometry: HDGeometry, first_unit: int) -> np.ndarray:
+    def _image(self, image: ImageLike) -> ImageParts:
+        rgb = load_image(image, exif=self._exif)
+        geometry = self._geometry(image, rgb.size)
+        visual = {"crops": cut_crops(rgb, geometry), "crop_info": crop_info(geometry)}
         index = image_feature_index(geometry.rows, geometry.columns, self._side, self._order)
-        shift = first_unit * self._side**2
-        return np.where(index >= SHARED_FEATURES, index + shift, index) if shift else index
+        return ImageParts(visual, index)
 
     def _geometry(self, image: ImageLike, size: tuple[int, int]) -> HDGeometry:
         geometry = hd_geometry(*size, self._num_crops, self._crop)
@@ -294,19 +263,12 @@ class Phi3VProcessor:
 def _split(item: MultimodalInput) -> tuple[list[str], list[int]]:
     """Pieces of text around the markers, and which image (from 0) follows each but the last."""
     pieces: list[str] = []
-    numbers: list[int] = []
+    numbers = marked_images(item)
     end = 0
     for marker in IMAGE_MARKER.finditer(item.text):
         pieces.append(item.text[end : marker.start()])
-        numbers.append(int(marker.group(1)) - 1)
         end = marker.end()
     pieces.append(item.text[end:])
-    if sorted(set(numbers)) != list(range(len(item.images))):
-        found = ", ".join(f"<|image_{k + 1}|>" for k in numbers) or "none"
-        raise UserError(
-            f"{len(item.images)} image(s) but markers {found} in the text {item.text!r:.80}; "
-            f"it needs <|image_1|> ... <|image_{len(item.images)}|>"
-        )
     return pieces, numbers
 
 

@@ -7,17 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec_jax.models.qwen_vl import config as family
-from vlm2vec_jax.models.qwen_vl.config import Fields, QwenVLConfig, VisionConfig
-
-
-def from_hf(folder: str | Path) -> QwenVLConfig:
-    """Read the configuration of an HF folder.
-
-    Raises:
-      UserError: if `config.json` is missing or unreadable, or values are missing or not
-        implemented; all such values in one message.
-    """
-    return from_dict(family.read_config_file(folder), folder)
+from vlm2vec_jax.models.qwen_vl.config import QwenVLConfig, VisionConfig
+from vlm2vec_jax.models.shared.config_fields import Fields
 
 
 def from_dict(raw: dict[str, Any], folder: str | Path = "") -> QwenVLConfig:
@@ -30,11 +21,7 @@ def from_dict(raw: dict[str, Any], folder: str | Path = "") -> QwenVLConfig:
     Raises:
       UserError: listing every value that is missing, inconsistent or not implemented.
     """
-    problems: list[str] = []
-    text = family.qwen2_text(raw, problems)
-    fields = Fields(raw.get("vision_config", {}), "vision_config", problems)
-    vision = _vision_config(fields, text.hidden_size)
-    return family.assemble("qwen2_5_vl", raw, text, vision, family.ImageConfig(), folder, problems)
+    return family.qwen2("qwen2_5_vl", raw, folder, _vision_config)
 
 
 def _vision_config(fields: Fields, text_width: int) -> VisionConfig:
@@ -55,3 +42,7 @@ def _vision_config(fields: Fields, text_width: int) -> VisionConfig:
         window_units=max(window // unit, 1),
         full_layers=fields.indices("fullatt_block_indexes", (7, 15, 23, 31), sizes["depth"]),
     )
+
+
+from_hf = family.reader(from_dict)
+"""Reads the configuration of an HF folder."""

@@ -7,17 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec_jax.models.qwen_vl import config as family
-from vlm2vec_jax.models.qwen_vl.config import Fields, QwenVLConfig, VisionConfig
-
-
-def from_hf(folder: str | Path) -> QwenVLConfig:
-    """Read the configuration of an HF folder.
-
-    Raises:
-      UserError: if `config.json` is missing or unreadable, or values are missing or not
-        implemented; all such values in one message.
-    """
-    return from_dict(family.read_config_file(folder), folder)
+from vlm2vec_jax.models.qwen_vl.config import QwenVLConfig, VisionConfig
+from vlm2vec_jax.models.shared.config_fields import Fields
 
 
 def from_dict(raw: dict[str, Any], folder: str | Path = "") -> QwenVLConfig:
@@ -30,11 +21,7 @@ def from_dict(raw: dict[str, Any], folder: str | Path = "") -> QwenVLConfig:
     Raises:
       UserError: listing every value that is missing, inconsistent or not implemented.
     """
-    problems: list[str] = []
-    text = family.qwen2_text(raw, problems)
-    fields = Fields(raw.get("vision_config", {}), "vision_config", problems)
-    vision = _vision_config(fields, text.hidden_size)
-    return family.assemble("qwen2_vl", raw, text, vision, family.ImageConfig(), folder, problems)
+    return family.qwen2("qwen2_vl", raw, folder, _vision_config)
 
 
 def _vision_config(fields: Fields, text_width: int) -> VisionConfig:
@@ -45,3 +32,7 @@ def _vision_config(fields: Fields, text_width: int) -> VisionConfig:
         mlp_size=int(sizes["width"] * fields.number("mlp_ratio", 4)),
         out_size=family.out_size(fields, "hidden_size", text_width),
     )
+
+
+from_hf = family.reader(from_dict)
+"""Reads the configuration of an HF folder."""

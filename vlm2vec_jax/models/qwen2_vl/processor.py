@@ -3,15 +3,13 @@
 
 from vlm2vec_jax.models.qwen_vl.processor import QwenVLProcessor as Qwen2VLProcessor
 
-__all__ = ["REFERENCE_OPTIONS", "V1_TRAINING_PIXELS", "Qwen2VLProcessor"]
+__all__ = ["REFERENCE_OPTIONS", "Qwen2VLProcessor"]
 
+_BOTH = {"image_positions": "sequential", "image_markers": "bare", "transparency": "drop"}
 REFERENCE_OPTIONS = {
-    "image_positions": "sequential",
-    "image_markers": "bare",
-    "transparency": "drop",
+    "v1": {**_BOTH, "resolution": "high", "pixel_limits": "folder"},
+    "v2": {**_BOTH, "pixel_limits": "vlm2vec_v2"},
 }
 """How VLM2Vec's own checkpoints read images: bare placeholders, which the position rule of their
-time did not count, and transparent pixels by their colour."""
-
-V1_TRAINING_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
-"""Pixel limits of v1's training; its evaluation took the folder's own, which are wider."""
+time did not count, and transparent pixels by their colour. v1 makes a square of every image, and
+the evaluation that its published numbers come from leaves it whole (training: `vlm2vec_train`)."""

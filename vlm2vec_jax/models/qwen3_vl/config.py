@@ -9,27 +9,17 @@ from typing import Any
 
 from vlm2vec_jax.models.qwen_vl import config as family
 from vlm2vec_jax.models.qwen_vl.config import (
-    Fields,
     ImageConfig,
     QwenVLConfig,
     TextConfig,
     VisionConfig,
 )
+from vlm2vec_jax.models.shared.config_fields import Fields
 from vlm2vec_jax.models.shared.decoder_config import DecoderConfig
 
 _HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageConfig(256 * 256, 4096 * 4096, _HALF, _HALF)
 """What published folders say, for one that says nothing."""
-
-
-def from_hf(folder: str | Path) -> QwenVLConfig:
-    """Read the configuration of an HF folder.
-
-    Raises:
-      UserError: if `config.json` is missing or unreadable, or values are missing or not
-        implemented; all such values in one message.
-    """
-    return from_dict(family.read_config_file(folder), folder)
 
 
 def from_dict(raw: dict[str, Any], folder: str | Path = "") -> QwenVLConfig:
@@ -106,3 +96,7 @@ def _vision_config(fields: Fields, text_width: int) -> VisionConfig:
         position_side=side,
         deepstack=fields.indices("deepstack_visual_indexes", (8, 16, 24), sizes["depth"]),
     )
+
+
+from_hf = family.reader(from_dict)
+"""Reads the configuration of an HF folder."""

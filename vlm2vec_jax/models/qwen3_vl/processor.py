@@ -21,6 +21,13 @@ OPTIONS = (*family.OPTIONS, "template", "instruction")
 INSTRUCTION = "Represent the user's input."
 EMBEDDING_UNITS = (4, 1800)
 """Fewest and most units of an image in the model card's code."""
+TEMPLATES = {
+    "embedding": (
+        "<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    )
+}
+"""`template` -> what stands before and behind images and text."""
 _CARD = 1 << 16
 
 
@@ -57,8 +64,9 @@ class Qwen3VLProcessor(family.QwenVLProcessor):
         if template == "embedding":
             area = config.vision.unit_pixels**2
             chosen.setdefault("image_markers", "wrapped")
-            chosen.setdefault("min_pixels", EMBEDDING_UNITS[0] * area)
-            chosen.setdefault("max_pixels", EMBEDDING_UNITS[1] * area)
+            if "pixel_limits" not in chosen:
+                chosen.setdefault("min_pixels", EMBEDDING_UNITS[0] * area)
+                chosen.setdefault("max_pixels", EMBEDDING_UNITS[1] * area)
         super().__init__(tokenizer, config, **chosen)
 
     @classmethod
@@ -84,12 +92,8 @@ class Qwen3VLProcessor(family.QwenVLProcessor):
         return {**super().settings, **asked}
 
     def _templated(self, text: str) -> str:
-        if self._template == "none":
-            return text
-        return (
-            f"<|im_start|>system\n{self._instruction}<|im_end|>\n"
-            f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        )
+        before, behind = TEMPLATES.get(self._template, ("", ""))
+        return before.replace("{instruction}", self._instruction) + text + behind
 
 
 def is_embedding_model(folder: str | os.PathLike) -> bool:

@@ -46,7 +46,6 @@ SENTENCE_TRANSFORMERS = SentenceTransformers(
         "image_positions": ("mrope", "transformers always places images by row and column"),
         "resolution": ("native", "transformers makes no squares of images"),
         "transparency": ("white", "transformers puts transparent images on white"),
-        "template": ("none", "the folder's template adds no conversation"),
     },
     pixel_limits=True,
     pillow=True,

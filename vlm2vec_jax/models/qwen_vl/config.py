@@ -10,18 +10,19 @@ implemented are errors that name them, all in one message.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.errors import raise_problems
+from vlm2vec_jax.models.shared.clip_config import IMAGE_MEAN, IMAGE_STD
+from vlm2vec_jax.models.shared.config_fields import (
+    Fields,
+    image_fields,
+    read_config_file,
+    three,
+)
 from vlm2vec_jax.models.shared.decoder_config import DecoderConfig
-from vlm2vec_jax.models.tokenizer import read_json
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_BICUBIC = 3
-_RESCALE = 1 / 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,8 @@ class ImageConfig:
 
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    mean: tuple[float, float, float] = IMAGE_MEAN
+    std: tuple[float, float, float] = IMAGE_STD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,65 +113,6 @@ class QwenVLConfig:
     vision_start_token_id: int
     vision_end_token_id: int
     tie_word_embeddings: bool
-
-
-class Fields:
-    """Fields of a `config.json`, read with every complaint collected."""
-
-    def __init__(self, values: Any, name: str, problems: list[str]):
-        self.values = values if isinstance(values, dict) else {}
-        self.name, self.problems = name, problems
-        if not isinstance(values, dict):
-            problems.append(f"{name or 'config.json'} must be an object, not {values!r:.60}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value as it stands; the default also for null."""
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def label(self, name: str) -> str:
-        """The field's full name."""
-        return f"{self.name}.{name}" if self.name else name
-
-    def size(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1; a list of equal ones counts as one (patch sizes)."""
-        value = self.get(name, default)
-        if isinstance(value, (list, tuple)) and len(set(map(repr, value))) == 1:
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.problems.append(
-                f"{self.label(name)} must be a whole number of at least 1, not {value!r}"
-            )
-            return 1
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive number."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            self.problems.append(f"{self.label(name)} must be a positive number, not {value!r}")
-            return 1.0
-        return float(value)
-
-    def expect(self, name: str, allowed: Collection[Any]) -> None:
-        """Complain if a field has a value that is not implemented; absent is fine."""
-        value = self.get(name)
-        if value is not None and value not in allowed:
-            told = " or ".join(repr(v) for v in allowed)
-            self.problems.append(f"{self.label(name)} is {value!r}; implemented is {told}")
-
-    def indices(self, name: str, default: Collection[int], below: int) -> tuple[int, ...]:
-        """Ascending layer numbers."""
-        value = self.get(name, default)
-        whole = isinstance(value, (list, tuple)) and all(
-            isinstance(v, int) and not isinstance(v, bool) for v in value
-        )
-        if not whole or list(value) != sorted(set(value)) or any(not 0 <= v < below for v in value):
-            self.problems.append(
-                f"{self.label(name)} must be ascending layer numbers below {below}, not {value!r}"
-            )
-            return ()
-        return tuple(value)
 
 
 def text_fields(raw: dict[str, Any], problems: list[str]) -> Fields:
@@ -218,18 +160,6 @@ def tied(raw: dict[str, Any], text: Fields) -> bool:
     return bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
 
 
-def read_config_file(folder: str | Path) -> dict[str, Any]:
-    """The folder's `config.json`.
-
-    Raises:
-      UserError: if it is missing or unreadable.
-    """
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing: is {folder} a model folder?")
-    return read_json(path)
-
-
 def read_images(
     folder: str | Path, default: ImageConfig, vision: VisionConfig, problems: list[str]
 ) -> ImageConfig:
@@ -244,20 +174,7 @@ def read_images(
       vision: what patch sizes must agree with.
       problems: gets a line per setting that is not implemented.
     """
-    path = Path(folder) / "preprocessor_config.json"
-    raw = read_json(path)
-    if not raw:
-        path = Path(folder) / "processor_config.json"
-        raw = read_json(path)
-        # Newer transformers keeps the image processor's part one level down.
-        raw = raw.get("image_processor") or raw
-    fields = Fields(raw, path.name, problems)
-    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        fields.expect(name, (True,))
-    fields.expect("resample", (_BICUBIC,))
-    factor = fields.get("rescale_factor", _RESCALE)
-    if not isinstance(factor, (int, float)) or abs(factor - _RESCALE) > 1e-9:
-        problems.append(f"{fields.label('rescale_factor')} is {factor!r}; implemented is 1/255")
+    fields = image_fields(folder, problems)
     fields.expect("patch_size", (vision.patch_size,))
     fields.expect("merge_size", (vision.merge,))
     fields.expect("temporal_patch_size", (vision.temporal_patch_size,))
@@ -269,20 +186,9 @@ def read_images(
     return ImageConfig(
         least,
         most,
-        _three(fields, "image_mean", default.mean),
-        _three(fields, "image_std", default.std),
+        three(fields, "image_mean", default.mean),
+        three(fields, "image_std", default.std),
     )
-
-
-def _three(
-    fields: Fields, name: str, default: tuple[float, float, float]
-) -> tuple[float, float, float]:
-    value = fields.get(name, default)
-    good = isinstance(value, (list, tuple)) and len(value) == 3
-    if not good or not all(isinstance(v, (int, float)) for v in value):
-        fields.problems.append(f"{fields.label(name)} must be three numbers, not {value!r}")
-        return default
-    return (float(value[0]), float(value[1]), float(value[2]))
 
 
 def token_ids(raw: dict[str, Any], problems: list[str]) -> dict[str, int]:
@@ -407,3 +313,40 @@ def assemble(
     found = list(dict.fromkeys(problems))
     raise_problems(f"{Path(folder) / 'config.json'} describes a model not implemented here", found)
     return QwenVLConfig(model_type, text, vision, images, **ids, tie_word_embeddings=head)
+
+
+def reader(from_dict: Callable[..., QwenVLConfig]) -> Callable[[str | Path], QwenVLConfig]:
+    """From the fields of a `config.json` to the folder that has one (`Backbone.read_config`).
+
+    Args:
+      from_dict: (parsed file, folder) -> configuration.
+    """
+
+    def from_hf(folder: str | Path) -> QwenVLConfig:
+        return from_dict(read_config_file(folder), folder)
+
+    return from_hf
+
+
+def qwen2(
+    model_type: str,
+    raw: dict[str, Any],
+    folder: str | Path,
+    vision: Callable[[Fields, int], VisionConfig],
+) -> QwenVLConfig:
+    """The configuration of Qwen2-VL and Qwen2.5-VL, which differ in the vision tower alone.
+
+    Args:
+      model_type: HF's.
+      raw: the parsed `config.json`.
+      folder: where the image processor's settings lie; the class's defaults without it.
+      vision: (fields of `vision_config`, D) -> the tower.
+
+    Raises:
+      UserError: listing every value that is missing, inconsistent or not implemented.
+    """
+    problems: list[str] = []
+    text = qwen2_text(raw, problems)
+    fields = Fields(raw.get("vision_config", {}), "vision_config", problems)
+    tower = vision(fields, text.hidden_size)
+    return assemble(model_type, raw, text, tower, ImageConfig(), folder, problems)

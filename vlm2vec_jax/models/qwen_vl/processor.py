@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from vlm2vec_jax import options
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.images import (
     RESOLUTIONS,
@@ -27,13 +26,7 @@ from vlm2vec_jax.images import (
     image_size,
     load_image,
 )
-from vlm2vec_jax.inputs import (
-    IMAGE_MARKER,
-    EncodedInput,
-    ImageLike,
-    MultimodalInput,
-    VisualLayout,
-)
+from vlm2vec_jax.inputs import ImageLike, VisualLayout
 from vlm2vec_jax.models.qwen_vl.config import QwenVLConfig
 from vlm2vec_jax.models.qwen_vl.geometry import (
     Grid,
@@ -44,11 +37,17 @@ from vlm2vec_jax.models.qwen_vl.geometry import (
     window_order,
 )
 from vlm2vec_jax.models.qwen_vl.positions import positions
+from vlm2vec_jax.models.shared.processor import (
+    ImageParts,
+    PlaceholderProcessor,
+    setting_problems,
+)
 from vlm2vec_jax.models.tokenizer import TextTokenizer, load_tokenizer
 
 OPTIONS = (
     "max_len",
     "resolution",
+    "pixel_limits",
     "min_pixels",
     "max_pixels",
     "image_positions",
@@ -56,6 +55,9 @@ OPTIONS = (
     "transparency",
 )
 """The processor options of the family."""
+LIMITS = {"vlm2vec_train": (256, 1280), "vlm2vec_v2": (4, 1280)}
+"""Fewest and most units of an image by `pixel_limits`: training of VLM2Vec v1, and V2 throughout.
+v1's evaluation took what the model's folder says (4 to 16384 in Qwen2-VL's), which is `folder`."""
 
 
 def visual_layout(config: QwenVLConfig) -> VisualLayout:
@@ -79,14 +81,14 @@ def planned_image_size(
     Raises:
       UserError: if the image cannot be used.
     """
-    limits = config.images
+    least, most = limits_of(config, chosen.get("pixel_limits") or "folder")
     side = RESOLUTIONS.get(chosen.get("resolution") or "native")
     size = smart_resize(
         side or width,
         side or height,
         config.vision.unit_pixels,
-        chosen.get("min_pixels") or limits.min_pixels,
-        chosen.get("max_pixels") or limits.max_pixels,
+        chosen.get("min_pixels") or least,
+        chosen.get("max_pixels") or most,
     )
     if isinstance(size, str):
         raise UserError(f"an image of {width} x {height} pixels: {size}")
@@ -94,7 +96,15 @@ def planned_image_size(
     return units, units
 
 
-class QwenVLProcessor:
+def limits_of(config: QwenVLConfig, name: str) -> tuple[int, int]:
+    """Fewest and most pixels of an image under the option `pixel_limits`."""
+    if name not in LIMITS:
+        return config.images.min_pixels, config.images.max_pixels
+    fewest, most = LIMITS[name]
+    return fewest * config.vision.unit_pixels**2, most * config.vision.unit_pixels**2
+
+
+class QwenVLProcessor(PlaceholderProcessor):
     """Tokens, patches and positions; thread-safe."""
 
     def __init__(
@@ -104,6 +114,7 @@ class QwenVLProcessor:
         *,
         max_len: int | None = None,
         resolution: str = "native",
+        pixel_limits: str = "folder",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         image_positions: str = "mrope",
@@ -117,8 +128,9 @@ class QwenVLProcessor:
           config: of the model; also says the folder's pixel limits.
           max_len: the most tokens of a text without an image; None for the tokenizer's limit.
           resolution: see `options.OPTIONS`, as all that follow.
-          min_pixels: None for the folder's.
-          max_pixels: None for the folder's.
+          pixel_limits: `folder`, or a name in `LIMITS`.
+          min_pixels: None for what `pixel_limits` says.
+          max_pixels: likewise.
           image_positions: see `positions.py`.
           image_markers: `bare` or `wrapped`.
           transparency: `white` or `drop`.
@@ -126,27 +138,19 @@ class QwenVLProcessor:
         Raises:
           UserError: listing every setting that cannot be used.
         """
-        least = config.images.min_pixels if min_pixels is None else min_pixels
-        most = config.images.max_pixels if max_pixels is None else max_pixels
+        fewest, largest = limits_of(config, pixel_limits)
+        least = fewest if min_pixels is None else min_pixels
+        most = largest if max_pixels is None else max_pixels
         self._words = {
             "resolution": resolution,
+            "pixel_limits": pixel_limits,
             "image_positions": image_positions,
             "image_markers": image_markers,
             "transparency": transparency,
         }
-        problems = [
-            f"{name} must be one of {', '.join(options.OPTIONS[name].choices)}, not {value!r}"
-            for name, value in self._words.items()
-            if value not in options.OPTIONS[name].choices
-        ]
+        numbers = {"max_len": max_len, "min_pixels": least, "max_pixels": most}
+        problems = setting_problems(self._words, numbers, tokenizer)
         unit = config.vision.unit_pixels
-        for name, value in (("max_len", max_len), ("min_pixels", least), ("max_pixels", most)):
-            if value is None:
-                continue
-            try:
-                options.check_number(name, value)
-            except UserError as error:
-                problems.append(str(error))
         if not problems and least > most:
             problems.append(f"min_pixels ({least}) is more than max_pixels ({most})")
         if not problems and most < unit * unit:
@@ -165,12 +169,18 @@ class QwenVLProcessor:
             elif tokenizer.encode(token, truncate=False) != [ids[name]]:
                 problems.append(f"the {name} token {token!r} does not stand for itself in a text")
         raise_problems(f"Unusable settings of the {config.model_type} processor", problems)
-        self._tokenizer, self._config = tokenizer, config
-        self._max_len, self._least, self._most = max_len, least, most
-        self._placeholder = tokens["image"] or ""
-        self._marker = self._placeholder
+        marker = placeholder = tokens["image"] or ""
         if image_markers == "wrapped":
-            self._marker = f"{tokens['vision start']}{self._placeholder}{tokens['vision end']}"
+            marker = f"{tokens['vision start']}{placeholder}{tokens['vision end']}"
+        super().__init__(
+            tokenizer,
+            visual_layout(config),
+            max_len,
+            placeholder=placeholder,
+            token_id=config.image_token_id,
+            marker=marker,
+        )
+        self._config, self._least, self._most = config, least, most
         self._transparency: Transparency = transparency
 
     @classmethod
@@ -184,21 +194,6 @@ class QwenVLProcessor:
         """
         given = {name: value for name, value in chosen.items() if value is not None}
         return cls(load_tokenizer(folder), config, **given)
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The text tokenizer in use."""
-        return self._tokenizer
-
-    @property
-    def tokenizer_hash(self) -> str:
-        """sha256 (hex) of `tokenizer.json`."""
-        return self._tokenizer.hash
-
-    @property
-    def visual_layout(self) -> VisualLayout:
-        """See `visual_layout`."""
-        return visual_layout(self._config)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -218,96 +213,18 @@ class QwenVLProcessor:
             "model_max_length": self._tokenizer.model_max_length,
         }
 
-    def length(self, item: MultimodalInput) -> tuple[int, int]:
-        """Tokens and visual units that `encode` would give; of images only headers are read.
+    def _image_size(self, image: ImageLike) -> tuple[int, int]:
+        units = self._grid(image)[1].units
+        return units, units
 
-        Raises:
-          ImageError: if an image's header cannot be read, or its shape cannot be used.
-          UserError: if markers and images do not agree.
-        """
-        ids, order = self._ids(item)
-        units = [self._grid(image)[1].units for image in item.images]
-        return len(ids) + sum(units[k] - 1 for k in order), sum(units)
-
-    def encode(self, item: MultimodalInput) -> EncodedInput:
-        """Tokenise, decode, resize and cut.
-
-        A marker without any image in the input is ordinary text. A marker that stands twice
-        repeats its image's tokens; the patches are there once.
-
-        Raises:
-          ImageError: if an image cannot be used.
-          UserError: if markers and images do not agree.
-        """
-        ids, order = self._ids(item)
-        if not item.images:
-            tokens = np.asarray(ids, np.int32)
-            places = positions(len(tokens), [], "sequential")
-            return EncodedInput(tokens, np.full(len(tokens), -1, np.int32), places)
-        parts: list[dict[str, np.ndarray]] = []
-        grids, rows, units = [], [], 0
-        for image in item.images:
-            size, grid = self._grid(image)
-            visual, row = self._cut(image, size, grid)
-            parts.append(visual)
-            grids.append(grid)
-            rows.append(row + units)
-            units += grid.units
-        one = len(parts) == 1  # spares a copy of megabytes
-        visual = {
-            k: parts[0][k] if one else np.concatenate([p[k] for p in parts]) for k in parts[0]
-        }
-        tokens, index, images, wrapped = self._interleave(ids, order, grids, rows)
-        places = positions(len(tokens), images, self._words["image_positions"], wrapped)
-        return EncodedInput(tokens, index, places, visual, units)
-
-    def _ids(self, item: MultimodalInput) -> tuple[list[int], list[int]]:
-        """Token ids with one placeholder per marker, and which image each stands for (from 0)."""
-        text, order = item.text, []
-        if item.images:
-            order = [int(k) - 1 for k in IMAGE_MARKER.findall(text)]
-            if sorted(set(order)) != list(range(len(item.images))):
-                found = ", ".join(f"<|image_{k + 1}|>" for k in order) or "none"
-                raise UserError(
-                    f"{len(item.images)} image(s) but markers {found} in the text {text!r:.80}; "
-                    f"it needs <|image_1|> ... <|image_{len(item.images)}|>"
-                )
-            text = IMAGE_MARKER.sub(lambda _: self._marker, text)
-        text = self._templated(text)
-        ids = self._tokenizer.encode(text, self._max_len, truncate=not item.images)
-        found = ids.count(self._config.image_token_id)
-        if found != len(order) and (found or item.images):
-            raise UserError(
-                f"the text {item.text!r:.80} holds {self._placeholder} itself; images are named "
-                f"by <|image_1|>, <|image_2|>, ..."
-            )
-        return ids, order
-
-    def _templated(self, text: str) -> str:
-        """The text as the model is to read it; for members with a prompt of their own."""
-        return text
-
-    def _interleave(
-        self, ids: list[int], order: list[int], grids: list[Grid], rows: list[np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, Grid]], list[bool]]:
-        """Tokens and feature index, and first token, grid and wrapping of each placed image."""
-        given = np.asarray(ids, np.int32)
-        places = np.flatnonzero(given == self._config.image_token_id)
-        tokens, index, images, wrapped = [], [], [], []
-        done = length = 0
-        for place, k in zip(places.tolist(), order, strict=True):
-            tokens.append(given[done:place])
-            index.append(np.full(place - done, -1, np.int32))
-            length += place - done
-            images.append((length, grids[k]))
-            wrapped.append(place > 0 and ids[place - 1] == self._config.vision_start_token_id)
-            tokens.append(np.zeros(grids[k].units, np.int32))
-            index.append(rows[k].astype(np.int32))
-            length += grids[k].units
-            done = place + 1
-        tokens.append(given[done:])
-        index.append(np.full(len(given) - done, -1, np.int32))
-        return np.concatenate(tokens), np.concatenate(index), images, wrapped
+    def _positions(
+        self, tokens: np.ndarray, ids: list[int], starts: list[int], grids: list[Grid]
+    ) -> np.ndarray:
+        places = [n for n, token in enumerate(ids) if token == self._image_token]
+        start = self._config.vision_start_token_id
+        wrapped = [n > 0 and ids[n - 1] == start for n in places]
+        images = list(zip(starts, grids, strict=True))
+        return positions(len(tokens), images, self._words["image_positions"], wrapped)
 
     def _grid(self, image: ImageLike) -> tuple[tuple[int, int], Grid]:
         """Pixels (width, height) and units of an image."""
@@ -319,11 +236,10 @@ class QwenVLProcessor:
             raise ImageError(f"{describe_image(image)}: {width} x {height} pixels: {size}")
         return size, Grid(size[1] // unit, size[0] // unit)
 
-    def _cut(
-        self, image: ImageLike, size: tuple[int, int], grid: Grid
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _image(self, image: ImageLike) -> ImageParts:
         """An image's arrays, and for its tokens, row by row, which unit each reads."""
         vision = self._config.vision
+        size, grid = self._grid(image)
         side = RESOLUTIONS.get(self._words["resolution"])
         pixels = load_image(image, transparency=self._transparency, square=side)
         patches = cut_patches(pixels, size, vision.patch_size, vision.merge)
@@ -334,7 +250,7 @@ class QwenVLProcessor:
             visual["patches"] = patches[order]
             visual["grid"][:, 1:] = visual["grid"][order, 1:]
             rows = np.argsort(order)
-        return visual, rows
+        return ImageParts(visual, rows, grid)
 
 
 def pixel_values(visual: dict[str, np.ndarray], config: QwenVLConfig) -> np.ndarray:
