@@ -216,6 +216,7 @@ def planned_calls(how: How, windows: int, size: int) -> list[set[Any]]:
     import dataclasses
 
     from vlm2vec_jax.embedding.batches import Batches, Device
+    from vlm2vec_jax.models.phi3v.backbone import BACKBONE
     from vlm2vec_jax.models.phi3v.flops import image_size
     from vlm2vec_jax.training.assumed import Mix
 
@@ -226,7 +227,7 @@ def planned_calls(how: How, windows: int, size: int) -> list[set[Any]]:
 
     batches = Batches(
         dimension=bed.config.hidden_size,
-        features_per_unit=bed.layout.features_per_unit,
+        price=BACKBONE.price(bed.config),
         max_tokens=1 << 17,
         device=Device("gpu", 1, 16384),
         fill=never,
