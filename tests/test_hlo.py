@@ -100,6 +100,22 @@ def test_everything_that_xla_writes():
     assert found["all-reduce", (None, 31)].bytes == 4 * (8 + 6)
 
 
+def test_what_follows_a_kernel_of_several_lines_is_read():
+    """As a TPU writes splash attention: its metadata goes on over lines, one of which begins }}."""
+    text = """HloModule m
+
+ENTRY %main (x: f32[2]) -> f32[8] {
+  %x = f32[2]{0} parameter(0)
+  %kernel = f32[2]{0} custom-call(%x), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="splash"}
+  ROOT %all = f32[8]{0} all-gather(%kernel), channel_id=1, dimensions={0}
+}
+"""
+    (found,) = hlo.collectives(text)
+    assert (found.kind, str(found.arrays[0])) == ("all-gather", "f32[8]")
+
+
 def test_sums_by_kind():
     sums = hlo.by_kind(hlo.collectives(TEXT), unknown=2)
     assert sums["outside"]["all-gather"] == {

@@ -155,7 +155,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             name = header.group(2)
             bodies[name] = []
             entry = name if header.group(1) else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's metadata has lines that only begin so
             name = None
         elif name is not None and " = " in line:
             bodies[name].append(line)
