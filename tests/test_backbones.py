@@ -211,7 +211,8 @@ for folder in sys.argv[1:]:
     batch = aot.abstract_batch([shape], 16, layout, mesh)
     # Without GradCache, which holds the model twice: test_tpu_compile.py has it.
     spec = StepSpec(setup.compute(config), cached=False)
-    report = plan.measure(aot.compile_step(trainer, spec, batch), hbm)
+    compiled = aot.compile_step(trainer, spec, batch)
+    report = plan.measure(compiled, compiled.as_text(), hbm)
     assert report["fits"], report
     print("fits", folder)
 """
