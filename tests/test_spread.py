@@ -230,7 +230,8 @@ def _values(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("cached", [True, False])
 def test_every_mesh_gives_the_values_of_one_device(folder, cached):
     module, batch = _values(folder)
     if not cached:
