@@ -9,7 +9,9 @@
         --output runs/demo/eval_qwen2vl --dtype float32
 
 Nothing but `model.path` says which backbone it is. A short run, to show that it learns; `make demo`
-trains its model for several times as long.
+trains its model for several times as long. Measured once, on 2026-11-25 on a shared CPU (4 min of
+CPU time): the loss falls from 11.2 to about 0.8, and hit@1 of all 30 subsets of mini-MMEB is 9.7 %
+(11.1 IND, 7.8 OOD); of ImageNet-1K 25.0 (untrained 2.5), of OK-VQA 25.8 (untrained 0.0).
 """
 
 from vlm2vec_jax.config import (
@@ -38,7 +40,7 @@ def get_config(arg: str = "") -> Config:
         checkpoint=CheckpointConfig(every=0, keep=1),
         loss=LossConfig(mask_duplicate_targets=True),
         batch_size=64,
-        steps=300,
+        steps=200,
         seed=0,
         temperature=0.05,
         output="runs/demo/train_qwen2vl",
