@@ -20,7 +20,7 @@ from flax import nnx
 
 from vlm2vec_jax.inputs import EncodedInput, VisualLayout
 from vlm2vec_jax.losses.contrastive import contrastive_loss
-from vlm2vec_jax.models.phi3v.vision import merge_patches, with_global_views
+from vlm2vec_jax.models.phi3v.vision import merge_patches, normalised
 from vlm2vec_jax.models.shared.parts import put_features
 from vlm2vec_jax.nn.compute import Compute, scan_layers
 from vlm2vec_jax.nn.dropout import keep_mask
@@ -199,10 +199,7 @@ def _visual_table(vision, visual, compute: Compute, form: Form, key):
     if not form.full_layers or not hasattr(vision.clip, "unused_layers"):
         return vision.table(visual, compute, key), []
     clip_key, projector_key = (None, None) if key is None else jax.random.split(key)
-    pixels = visual.get("pixels")
-    if pixels is None:
-        pixels = with_global_views(visual["crops"], visual["crop_info"])
-    pixels = pixels.astype(compute.dtype)
+    pixels = normalised(visual).astype(compute.dtype)
     rows, count = pixels.shape[:2]
     clip = vision.clip
 

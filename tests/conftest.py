@@ -57,3 +57,12 @@ def goldens() -> Path:
 def repository() -> Path:
     """The root of the repository."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The folder of a small untrained model."""
+    from small_models import write_model, write_train
+
+    root = tmp_path_factory.mktemp("small_model")
+    return write_model(write_train(root / "data"), root / "base")

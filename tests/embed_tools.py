@@ -31,9 +31,3 @@ def load(path: Path) -> np.ndarray:
 
 def wanted(model, lines) -> np.ndarray:
     return model.encode([{k: v for k, v in line.items() if k != "id"} for line in lines])
-
-
-def tear(path: Path) -> bytes:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-60])
-    return whole

@@ -34,12 +34,6 @@ SHARD = "ImageNet_1K/original-00000-of-00001.parquet"
 TEST_SHARD = "ImageNet-1K/test-00000-of-00001.parquet"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("bad_input")
-    return write_model(write_train(root / "data"), root / "base")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     with one_embedder():

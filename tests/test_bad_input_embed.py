@@ -1,21 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad and odd inputs through `embed`: all told together, the earlier file kept."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from commands import call, embed_argv, one_embedder, refused, tear, write_lines
 from PIL import Image
-from small_models import picture, write_model, write_train
+from small_models import picture
 
 from vlm2vec_jax import embed
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("bad_input")
-    return write_model(write_train(root / "data"), root / "base")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m vlm2vec_jax.embed`: every form in and out, resuming, bad input of all kinds."""
 
-import functools
 import io
 import json
 import sys
@@ -11,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embed_tools import TOLERANCE, argv, load, tear, texts, wanted, write_lines
-from small_models import label, picture, quick_compiler, write_model, write_train
+from commands import one_embedder, tear
+from embed_tools import TOLERANCE, argv, load, texts, wanted, write_lines
+from small_models import label, picture, write_model
 
 from vlm2vec_jax import embed, flags
 from vlm2vec_jax.embedder import Embedder
@@ -22,19 +22,9 @@ from vlm2vec_jax.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_embedder():
-    """Commands of one process share the model, so that each shape compiles once."""
-    with pytest.MonkeyPatch.context() as patch:
-        load = Embedder.from_pretrained
-        patch.setattr(Embedder, "from_pretrained", staticmethod(functools.cache(load)))
-        with quick_compiler():
-            yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("embed")
-    return write_model(write_train(root / "data"), root / "base")
+def compiled_once():
+    with one_embedder():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,17 @@
 """`embed` in processes of its own: two that share a corpus, one that is killed and goes on."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import simulated
-from embed_tools import TOLERANCE, argv, load, tear, texts, wanted, write_lines
-from small_models import picture, quick_compiler, write_model, write_train
+from commands import tear
+from embed_tools import TOLERANCE, argv, load, texts, wanted, write_lines
+from small_models import picture, quick_compiler
+from test_multiprocess import free_port
 
 from vlm2vec_jax.embedder import Embedder
 
@@ -24,20 +24,8 @@ def compiled_quickly():
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("embed")
-    return write_model(write_train(root / "data"), root / "base")
-
-
-@pytest.fixture(scope="module")
 def model(base) -> Embedder:
     return Embedder.from_pretrained(path=str(base), adapter=None, dtype="float32")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 WORKER = """

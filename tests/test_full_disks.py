@@ -27,16 +27,9 @@ from commands import (
 )
 from evaluation_data import labels, two_subsets, write_subset
 from full_disk import small_disk
-from small_models import write_model, write_train
 
 from vlm2vec_jax import embed, evaluate, train
 from vlm2vec_jax.training.checkpoint import Checkpoints
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("bad_input")
-    return write_model(write_train(root / "data"), root / "base")
 
 
 @pytest.fixture(scope="module", autouse=True)

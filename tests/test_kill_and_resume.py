@@ -15,15 +15,20 @@ from test_train_command import whole as whole
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again(repository):
-    """Two of the kills that the script does twenty of, and one that goes on on another mesh."""
+@pytest.mark.parametrize(
+    ("kills", "elastic"), [(2, 1), pytest.param(20, 6, marks=pytest.mark.long)]
+)
+def test_a_run_that_is_killed_again_and_again(repository, kills, elastic):
+    """Some kills on one mesh, and some after which another mesh goes on."""
     script = repository / "tests/tools/kill_and_resume.py"
     done = subprocess.run(
-        [sys.executable, script, "--kills", "2", "--elastic", "1", "--seed", "5"],
-        capture_output=True, text=True, timeout=900,
+        [sys.executable, script, "--kills", str(kills), "--elastic", str(elastic), "--seed", "5"],
+        capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "same mesh: 2 kills" in done.stdout and "no difference (bit for bit)" in done.stdout
+    assert (
+        f"same mesh: {kills} kills" in done.stdout and "no difference (bit for bit)" in done.stdout
+    )
     assert "no difference (losses to 1e-6)" in done.stdout
 
 

@@ -43,10 +43,7 @@ class Vision(nnx.Module):
           key: dropout key of adapters, or None.
         """
         clip_key, projector_key = (None, None) if key is None else jax.random.split(key)
-        pixels = visual.get("pixels")
-        if pixels is None:
-            pixels = with_global_views(visual["crops"], visual["crop_info"])
-        pixels = pixels.astype(compute.dtype)
+        pixels = normalised(visual).astype(compute.dtype)
         rows, count = pixels.shape[:2]
         features = self.clip(pixels.reshape(-1, *pixels.shape[2:]), compute, clip_key)
         merged = merge_patches(features)
@@ -63,6 +60,12 @@ def merge_patches(features: jax.Array) -> jax.Array:
     half = int(round(patches**0.5)) // 2
     x = features.reshape(crops, half, 2, half, 2, width).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(crops, half * half, 4 * width)
+
+
+def normalised(visual) -> jax.Array:
+    """What CLIP sees, float [R, C, side, side, 3]; `visual` as for `Vision.table`."""
+    pixels = visual.get("pixels")
+    return with_global_views(visual["crops"], visual["crop_info"]) if pixels is None else pixels
 
 
 def with_global_views(crops: jax.Array, crop_info: jax.Array) -> jax.Array:
