@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of two processes of `test_multiprocess.py`: saves that fail on one of them, and a dump.
+"""One of two processes of `test_multiprocess.py`: what fails on one of them, and a dump.
 
     python multiprocess_saves.py FOLDER PORT PROCESS
 
@@ -79,6 +79,16 @@ def saves(folder: Path, mesh: jax.sharding.Mesh, peers: Peers) -> dict[str, Any]
             bool(np.array_equal(a.data, b.data))
             for a, b in zip(restored.addressable_shards, wanted.addressable_shards, strict=True)
         ]
+        # What process 1 wrote last loses its data; process 0 reads nothing of that.
+        if broken:
+            for data in (folder / "4").glob("*/ocdbt.process_1/d/*"):
+                data.write_bytes(data.read_bytes()[:1000])
+        peers.exchange("damage", b"")
+        began = time.monotonic()
+        found = checkpoints.restore_latest(state_of(mesh, 0))
+        assert found is not None
+        seen["before the damage"] = found[0]
+        seen["seconds damaged"] = time.monotonic() - began
     return seen
 
 

@@ -13,7 +13,6 @@ array, shape, dtype and checksum.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -28,7 +27,6 @@ from jax.experimental import multihost_utils
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.parallel.peers import GivenUp, Peers
 from vlm2vec_jax.training.checkpoint_files import (
-    WHOLE,
     Damaged,
     as_abstract,
     check_folder,
@@ -36,10 +34,10 @@ from vlm2vec_jax.training.checkpoint_files import (
     parts_of,
     words,
 )
-from vlm2vec_jax.training.fingerprint import digest, explain_arrays
+from vlm2vec_jax.training.checkpoint_reading import FORMAT, read_arrays, read_document
+from vlm2vec_jax.training.fingerprint import digest
 from vlm2vec_jax.training.saving_together import Together
 
-FORMAT = "vlm2vec_jax checkpoint 1"
 _LOG = logging.getLogger(__name__)
 
 
@@ -223,7 +221,7 @@ class Checkpoints:
         """
         for candidate in [step] if step is not None else reversed(self.steps()):
             try:
-                return self._document(candidate)["meta"]
+                return read_document(self.folder, candidate)["meta"]
             except Damaged:
                 continue
         return None
@@ -348,45 +346,21 @@ class Checkpoints:
             return f"there is no earlier checkpoint in {self.folder}."
         return f"the checkpoint of step {steps[-1]} in {self.folder} is untouched."
 
-    def _document(self, step: int) -> dict[str, Any]:
-        """The stored meta document; read directly, so that it needs no arrays and no devices."""
-        path = self.folder / str(step) / "meta" / "metadata"
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise Damaged(f"its meta file cannot be read: {words(error)}") from error
-        if not isinstance(document, dict) or "arrays" not in document:
-            raise Damaged("its meta file is not one of ours")
-        if document.get("format") != FORMAT:
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} has the format "
-                f"{document.get('format')!r}; this version reads {FORMAT!r}"
-            )
-        if document.get("step") != step:
-            raise Damaged(f"it is a copy of the checkpoint of step {document.get('step')}")
-        return document
-
     def _read(self, step: int, abstract: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
         if step not in self.steps():
             raise UserError(f"there is no checkpoint of step {step} in {self.folder}")
-        document = self._document(step)
         abstract = jax.tree.map(as_abstract, abstract)
-        arrays = document["arrays"]
-        if partial:
-            arrays = {k: v for k, v in arrays.items() if k.split("/")[0] in abstract}
-        raise_problems(
-            f"checkpoint {self.folder / str(step)} belongs to another model, adapter or optimizer",
-            explain_arrays(arrays, abstract),
-            advice="Use the configuration it was made with, or another output folder.",
-        )
-        wanted = {n: ocp.args.StandardRestore(part) for n, part in parts_of(abstract).items()}
+        problem, state, document = None, None, {}
         try:
-            read = self._manager.restore(step, args=ocp.args.Composite(**wanted))
-            state = {name: read[name]["value"] for name in wanted}
-            state = state if isinstance(abstract, dict) else state[WHOLE]
-            found = digest(state)
-        except Exception as error:  # whatever a truncated or missing file leads to
-            raise Damaged(f"its arrays cannot be read: {words(error)}") from error
+            document = read_document(self.folder, step)
+            state = read_arrays(self.folder / str(step), document, abstract, partial)
+        except Damaged as error:
+            problem = str(error)
+        # Before the checksums, which all processes compute together.
+        problem = self._together.read(problem)
+        if problem is not None:
+            raise Damaged(problem)
+        arrays, found = document["arrays"], digest(state)
         wrong = [path for path, entry in found.items() if entry["sum"] != arrays[path]["sum"]]
         if wrong:
             raise Damaged(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a run tell each other about a save: what fails for one fails for all.
+"""What processes tell each other about saving and reading: what fails for one fails for all.
 
 Orbax lets a process wait for the others until a time-out of many minutes, also where one of them
 has failed and will not come. Here that one says so, and the others stop waiting.
@@ -19,10 +19,10 @@ _SLOW_S = 300.0
 
 
 class Together:
-    """The saves of one folder of checkpoints, one after the other.
+    """The saves and readings of one folder of checkpoints, one after the other.
 
     Args:
-      peers: the processes that save.
+      peers: the processes that save and read.
       report: gets a sentence when one is waited for very long.
     """
 
@@ -30,7 +30,7 @@ class Together:
         # Opened in the same order on all processes, so the number is a name that they share.
         self._name = f"checkpoint-{next(_OPENED)}"
         self._peers, self._report = peers, report
-        self._save = 0
+        self._save = self._reading = 0
 
     @property
     def alone(self) -> bool:
@@ -45,7 +45,7 @@ class Together:
         self._save += 1
         if self.alone:
             return None
-        return self._shared("able", check_writable(folder, self._peers.process))
+        return self._shared(f"{self._matter()}/able", check_writable(folder, self._peers.process))
 
     def end(self, problem: str | None) -> str | None:
         """After a save: what failed, wherever; None if nothing did.
@@ -55,7 +55,16 @@ class Together:
         """
         if problem is not None:
             self._peers.give_up(self._matter(), problem)
-        return self._shared("outcome", problem)
+        return self._shared(f"{self._matter()}/outcome", problem)
+
+    def read(self, problem: str | None) -> str | None:
+        """After a checkpoint was read: what could not be, wherever; None if all of it could.
+
+        Args:
+          problem: what could not be read here.
+        """
+        self._reading += 1
+        return self._shared(f"{self._name}/read-{self._reading}", problem)
 
     def meet(self, *, key: str, timeout_ms: int) -> None:
         """Where a process that has written waits for the others: orbax's `barrier_sync_fn`.
@@ -85,8 +94,8 @@ class Together:
     def _matter(self) -> str:
         return f"{self._name}/{self._save}"
 
-    def _shared(self, about: str, problem: str | None) -> str | None:
-        told = self._peers.share(f"{self._name}/{self._save}/{about}", problem)
+    def _shared(self, name: str, problem: str | None) -> str | None:
+        told = self._peers.share(name, problem)
         failed = {n: said for n, said in enumerate(told) if said is not None}
         if self.alone or not failed:
             return problem
