@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint into shards, against reading the same files plainly.
 
-    python -m benchmarks.load [--gigabytes 1.0] [--rounds 3] [--folder DIR]
+    python -m benchmarks.load [--gigabytes 1.0] [--rounds 3] [--disk 0.5] [--folder DIR]
 
 Writes a bf16 checkpoint of the published model's shape with fewer layers (all other widths as
-published; `--gigabytes 8.3` is the whole model), loads it on two simulated devices with the
-backbone's sharding, and reads its files from front to back. The page cache is emptied of the files
-before each turn. Wall seconds count waiting for the disk and for other programs, CPU seconds what
-the loader itself does. Its parts are measured by themselves, too: setting the model up, and
-for each gigabyte copying it out of the page cache, looking for what is not finite, and turning it.
+published; `--gigabytes 8.3` is the whole model) and takes turns: `load` on two simulated devices
+with the backbone's sharding; `read`, its files from front to back into one small buffer; `keep`,
+the same into memory of their own, which is the least that a load on a CPU has to do, where the
+devices' memory is the host's. The page cache is emptied of the files before each turn. `--disk`
+repeats that with a disk of so many GB/s: a read of either side returns no sooner than a disk that
+serves one after the other would let it.
+
+Wall seconds count waiting for the disk and for other programs, CPU seconds what the loader itself
+does. Its parts are measured by themselves, too: setting the model up, and for each gigabyte copying
+it out of the page cache, looking for what is not finite, and turning it.
 Memory is that of a process of its own, above what it held before, less the model, which on a CPU
 lies in host memory, too. The checkpoint is removed afterwards.
 """
@@ -16,6 +21,7 @@ lies in host memory, too. The checkpoint is removed afterwards.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -38,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0, help="about; 8.3 is the real size")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--disk", type=float, default=None, help="GB/s of a slower, simulated disk")
     parser.add_argument("--folder", default=None, help="where to write; a temporary one by default")
     parser.add_argument("--memory_of", default=None, help="load this and print the memory taken")
     args = parser.parse_args()
@@ -61,29 +68,40 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     layers, size = write_checkpoint(folder, args.gigabytes)
     files = sorted(folder.glob("*.safetensors"))
     shard = max(file.stat().st_size for file in files)
-    cases = {"load": lambda: load(folder), "read": lambda: read(files)}
+    cases = {"load": lambda: load(folder), "read": lambda: read(files), "keep": lambda: keep(files)}
     cases["load"]()  # imports and the first use of jax do not count
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    spent: dict[str, list[float]] = {name: [] for name in cases}
     before_load = os.getloadavg()[0]
-    for turn in range(args.rounds):
-        for name in list(cases) if turn % 2 == 0 else reversed(list(cases)):
-            forget(files)
-            start, busy = time.perf_counter(), time.process_time()
-            cases[name]()
-            seconds[name].append(time.perf_counter() - start)
-            spent[name].append(time.process_time() - busy)
-    ratio = statistics.median(a / b for a, b in zip(seconds["load"], seconds["read"], strict=True))
-    rate = {name: size / statistics.median(times) / 1e6 for name, times in seconds.items()}
+    disks = {"this disk": take_turns(cases, files, args.rounds)}
+    if args.disk:
+        with slow_disk(args.disk * 1e9):
+            disks[f"a disk of {args.disk:g} GB/s"] = take_turns(cases, files, args.rounds)
     limit = shard + 1_000_000_000
     command = [sys.executable, "-m", "benchmarks.load", "--memory_of", str(folder)]
     child = subprocess.run(command, capture_output=True, text=True, check=True)
     held = int(child.stdout.split()[-1]) - size
     parts = cpu_seconds_of_parts(folder, files)
-    busy = {name: size / statistics.median(times) / 1e6 for name, times in spent.items()}
     print(f"{size / 1e9:.2f} GB in {len(files)} files, {layers} decoder layers, two devices")
-    print(f"load {rate['load']:.0f} MB/s, plain reading {rate['read']:.0f} MB/s, ratio {ratio:.2f}")
-    print(f"per CPU second: load {busy['load']:.0f} MB, plain reading {busy['read']:.0f} MB")
+    report = {}
+    for disk, (wall, spent) in disks.items():
+        rate = {name: size / statistics.median(times) / 1e6 for name, times in wall.items()}
+        busy = {name: size / statistics.median(times) / 1e6 for name, times in spent.items()}
+        ratios = {
+            name: statistics.median(b / a for a, b in zip(wall["load"], wall[name], strict=True))
+            for name in ("read", "keep")
+        }
+        print(
+            f"{disk}: load {rate['load']:.0f} MB/s; plain reading {rate['read']:.0f}, "
+            f"ratio {ratios['read']:.2f}; reading into memory of its own {rate['keep']:.0f}, "
+            f"ratio {ratios['keep']:.2f}"
+        )
+        print("  MB per CPU second: " + ", ".join(f"{k} {v:.0f}" for k, v in busy.items()))
+        report[disk] = {
+            "MB_per_s": rate,
+            "speed_of_load_over": ratios,
+            "MB_per_cpu_s": busy,
+            "seconds": wall,
+            "cpu_seconds": spent,
+        }
     told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
     print(f"CPU seconds of the parts: {told}")
     print(
@@ -100,14 +118,8 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
         "files": len(files),
         "largest_file": shard,
         "decoder_layers": layers,
-        "load_MB_per_s": rate["load"],
-        "read_MB_per_s": rate["read"],
-        "seconds_ratio_load_to_read": ratio,
-        "load_MB_per_cpu_s": busy["load"],
-        "read_MB_per_cpu_s": busy["read"],
+        "disks": report,
         "cpu_seconds_of_parts": parts,
-        "seconds": seconds,
-        "cpu_seconds": spent,
         "peak_bytes_beside_the_model": held,
         "limit_bytes": limit,
         "met": held <= limit,
@@ -116,6 +128,42 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     path = common.RESULTS / f"{record['date']}-cpu-load.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
+
+
+def take_turns(cases: dict, files: list[Path], rounds: int) -> tuple[dict, dict]:
+    """Wall and CPU seconds of each turn of each case."""
+    wall: dict[str, list[float]] = {name: [] for name in cases}
+    spent: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds):
+        for name in list(cases) if turn % 2 == 0 else reversed(list(cases)):
+            forget(files)
+            start, busy = time.perf_counter(), time.process_time()
+            kept = cases[name]()
+            wall[name].append(time.perf_counter() - start)
+            spent[name].append(time.process_time() - busy)
+            del kept  # two models need not fit
+    return wall, spent
+
+
+@contextlib.contextmanager
+def slow_disk(rate: float):
+    """Let every `os.preadv` wait as for a disk that serves reads in turn, `rate` bytes a second."""
+    real, lock, free = os.preadv, threading.Lock(), time.perf_counter()
+
+    def slow(fd, buffers, offset):
+        nonlocal free
+        asked = time.perf_counter()
+        got = real(fd, buffers, offset)
+        with lock:
+            free = served = max(asked, free) + got / rate
+        time.sleep(max(0.0, served - time.perf_counter()))
+        return got
+
+    os.preadv = slow
+    try:
+        yield
+    finally:
+        os.preadv = real
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> tuple[int, int]:
@@ -216,11 +264,27 @@ def cpu_seconds_of_parts(folder: Path, files: list[Path]) -> dict[str, float]:
 
 def read(files: list[Path]) -> None:
     """From front to back, 8 MB at a time, into nothing."""
-    buffer = bytearray(8 << 20)
+    buffer = memoryview(bytearray(8 << 20))
     for file in files:
         with file.open("rb", buffering=0) as handle:
-            while handle.readinto(buffer):
-                pass
+            place = 0
+            while got := os.preadv(handle.fileno(), [buffer], place):
+                place += got
+
+
+def keep(files: list[Path]) -> list:
+    """The same, into memory of their own, of which no page was used before."""
+    import numpy as np
+
+    from vlm2vec_jax.weights.arrays import aligned
+
+    kept = [aligned((file.stat().st_size,), np.dtype(np.uint8)) for file in files]
+    for file, array in zip(files, kept, strict=True):
+        view, place = memoryview(array), 0
+        with file.open("rb", buffering=0) as handle:
+            while got := os.preadv(handle.fileno(), [view[place : place + (8 << 20)]], place):
+                place += got
+    return kept
 
 
 def forget(files: list[Path]) -> None:

@@ -32,8 +32,9 @@ from vlm2vec_jax.weights.safetensors import Checkpoint
 
 _WORKERS = min(16, 2 * (os.cpu_count() or 1))
 """Threads that read; more than processors, because they wait for the disk in turn."""
-_JOB_BYTES = 1 << 24
-"""What a thread takes on at a time."""
+_JOB_BYTES = (1 << 24, 1 << 27)
+"""What a thread takes on at a time, at least and at most: the eighth part of its share of a leaf.
+Small jobs of a large leaf make threads meet in the same pages of it."""
 _BLOCK_BYTES = 1 << 21
 """What it reads at a time; about as much as a processor's second-level cache."""
 _BLOCK_ROWS = 256
@@ -211,11 +212,13 @@ class _Reader:
             groups = [(index, [key]) for key, index in spans.items()]
         else:
             groups = [(box, list(spans))]
+        share = whole * dtype.itemsize // (8 * _WORKERS)
+        size = min(max(share, _JOB_BYTES[0]), _JOB_BYTES[1])
         jobs = []
         for outer, keys in groups:
             targets = [(spans[key], parts[key]) for key in keys]
             if not rule.stacked:
-                jobs += self._jobs(rule.tied_to or rule.hf, rule, outer, targets)
+                jobs += self._jobs(rule.tied_to or rule.hf, rule, outer, targets, size)
                 continue
             for layer in range(outer[0].start, outer[0].stop):
                 inside = [
@@ -223,21 +226,20 @@ class _Reader:
                     for index, part in targets
                     if index[0].start <= layer < index[0].stop
                 ]
-                jobs += self._jobs(rule.names()[layer], rule, outer[1:], inside)
+                jobs += self._jobs(rule.names()[layer], rule, outer[1:], inside, size)
         if len(jobs) == 1:
             self._run(jobs[0])
         else:
             list(self._pool.map(self._run, jobs))
         return parts
 
-    def _jobs(self, name: str, rule: Rule, box: Index, targets) -> list[_Job]:
-        """The tensor's rows in pieces of about `_JOB_BYTES`."""
+    def _jobs(self, name: str, rule: Rule, box: Index, targets, size: int) -> list[_Job]:
+        """The tensor's rows in pieces of about `size` bytes."""
         found = self._names.get(name)
         if found is None or not box:
             return [_Job(found, rule, box, targets)]
-        return [
-            _Job(found, rule, piece, targets) for piece in self._cut(found, rule, box, _JOB_BYTES)
-        ]
+        pieces = self._cut(found, rule, box, size)
+        return [_Job(found, rule, piece, targets) for piece in pieces]
 
     def _cut(self, name: str, rule: Rule, box: Index, size: int) -> list[Index]:
         """Cut a part of a leaf along the rows of the tensor in the file."""
