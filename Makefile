@@ -5,6 +5,7 @@
 # make test-long  the same with the repetitions on other kinds of training and other meshes
 # make test-torch what needs torch, transformers' models and peft; in an environment of its own
 # make test-old-peft  our adapters in PEFT 0.11 and 0.13, each in an environment of its own
+# make test-mteb  our exports in sentence-transformers, our models in mteb; likewise
 # make test-optional  those that need ray, lancedb and faiss, in an environment of their own
 # make bench      measure on the device that is here: a table, and a file in benchmarks/results
 # make lint       ruff (lint and format), pyright, shellcheck
@@ -16,6 +17,7 @@
 VENV ?= .venv
 VENV_TORCH ?= .venv-torch
 VENV_PEFT ?= .venv-peft
+VENV_MTEB ?= .venv-mteb
 PY := $(VENV)/bin/python
 DEMO := runs/demo
 DEMO_ENV := JAX_PLATFORMS=cpu
@@ -28,7 +30,8 @@ REQUIREMENTS := pyproject.toml requirements.txt requirements-dev.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: demo test test-fast test-long test-torch test-old-peft test-optional bench lint clean
+.PHONY: demo test test-fast test-long test-torch test-old-peft test-mteb test-optional \
+	bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -74,6 +77,10 @@ test-old-peft: $(VENV)/.installed-dev $(OLD_PEFT:%=%/.installed)
 	OLD_PEFT=$(subst $(space),:,$(abspath $(OLD_PEFT:%=%/bin/python))) \
 	    $(PY) -m pytest -m torch tests/test_old_peft.py $(ARGS)
 
+test-mteb: $(VENV_MTEB)/.installed
+	$(VENV_MTEB)/bin/python -m pytest -m "torch or not torch" tests/test_sentence_transformers.py \
+	    tests/test_evaluation_mteb.py $(ARGS)
+
 test-optional:
 	$(MAKE) VENV=$(VENV)-optional $(VENV)-optional/.installed-optional
 	$(VENV)-optional/bin/python -m pytest -m ray $(ARGS)
@@ -112,6 +119,12 @@ $(VENV_PEFT)-%/.installed: tests/tools/peft-%.txt | $(PY)
 	@test -x $(@D)/bin/python || $(PY) -m venv $(@D)
 	@echo "installing PEFT $* and what goes with it (some minutes)"
 	$(@D)/bin/python -m pip install -q -r $<
+	@touch $@
+
+$(VENV_MTEB)/.installed: pyproject.toml requirements.txt tests/tools/mteb.txt | $(PY)
+	@test -x $(VENV_MTEB)/bin/python || $(PY) -m venv $(VENV_MTEB)
+	@echo "installing sentence-transformers, mteb and torch (some minutes)"
+	$(VENV_MTEB)/bin/python -m pip install -q -r tests/tools/mteb.txt
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml requirements.txt | $(PY)
