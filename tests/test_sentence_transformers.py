@@ -10,6 +10,7 @@ from backbone_goldens import GOLDENS, VARIANTS, arrays, cases
 
 from vlm2vec_jax import export
 from vlm2vec_jax.embedder import Embedder
+from vlm2vec_jax.embedding.vectors import quantize_embeddings
 from vlm2vec_jax.flags import call
 from vlm2vec_jax.inputs import MultimodalInput
 from vlm2vec_jax.models.qwen_vl.backbone import SENTENCE_TRANSFORMERS
@@ -111,6 +112,23 @@ def test_all_refusals_at_once(tmp_path, capsys):
     folder = model(tmp_path, "qwen2_vl", image_positions="sequential", transparency="drop")
     assert run(folder, tmp_path / "out") == 2
     assert "2 problems)" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+def test_fewer_bits_are_those_of_the_library(precision):
+    quantization = pytest.importorskip("sentence_transformers.util.quantization")
+    rows = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    ranges = np.stack([rows.min(axis=0), rows.max(axis=0)])
+    wanted = quantization.quantize_embeddings(rows[:50], precision, ranges=ranges)
+    found = quantize_embeddings(rows[:50], precision, ranges)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)
+    if precision.endswith("int8"):  # ranges from the data itself
+        wanted = quantization.quantize_embeddings(rows, precision)
+        np.testing.assert_array_equal(quantize_embeddings(rows, precision), wanted)
 
 
 @pytest.mark.torch

@@ -85,7 +85,8 @@ def quantize_embeddings(
     Args:
       embeddings: float32 [N, D].
       precision: `int8`, `uint8`: 256 steps between the smallest and the largest value of a
-        dimension. `binary`, `ubinary`: the sign of each number, 8 of them packed in a byte, the
+        dimension, as sentence-transformers 6 counts them (earlier ones cut int8 towards zero);
+        `int8` is `uint8` - 128. `binary`, `ubinary`: the sign of each number, 8 of them packed in a byte, the
         first the most significant; `binary` is `ubinary` - 128. `float32`: nothing is done.
       ranges: float32 [2, D], for int8 and uint8.
       calibration_embeddings: float32 [M, D] to take the ranges from; by default `embeddings`.
@@ -114,7 +115,7 @@ def quantize_embeddings(
             f"ranges of shape {ranges.shape} do not fit vectors of {embeddings.shape[-1]} numbers"
         )
     start, step = ranges[0], _steps(ranges)
-    level = np.clip((embeddings - start) / step, 0, 255)
+    level = np.clip(np.floor((embeddings - start) / step), 0, 255)
     return level.astype(np.uint8) if precision == "uint8" else (level - 128).astype(np.int8)
 
 
@@ -139,9 +140,7 @@ def dequantize_embeddings(
         signs = np.unpackbits(bits.astype(np.uint8), axis=-1, count=dimension)
         return (signs.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(dimension))
     assert ranges is not None, "int8 and uint8 carry their ranges"
-    # Conversion cuts towards zero, so that below zero the steps of int8 lie one to the left.
-    level = quantized.astype(np.float32)
-    middle = level + 0.5 if precision == "uint8" else level + 128 + np.sign(level) * 0.5
+    middle = quantized.astype(np.float32) + (0.5 if precision == "uint8" else 128.5)
     return np.clip(ranges[0] + middle * _steps(ranges), ranges[0], ranges[1])
 
 
