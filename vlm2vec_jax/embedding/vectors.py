@@ -86,8 +86,9 @@ def quantize_embeddings(
       embeddings: float32 [N, D].
       precision: `int8`, `uint8`: 256 steps between the smallest and the largest value of a
         dimension, as sentence-transformers 6 counts them (earlier ones cut int8 towards zero);
-        `int8` is `uint8` - 128. `binary`, `ubinary`: the sign of each number, 8 of them packed in a byte, the
-        first the most significant; `binary` is `ubinary` - 128. `float32`: nothing is done.
+        `int8` is `uint8` - 128. `binary`, `ubinary`: the sign of each number, 8 of them packed in a
+        byte, the first the most significant; `binary` is `ubinary` - 128. `float32`: nothing is
+        done.
       ranges: float32 [2, D], for int8 and uint8.
       calibration_embeddings: float32 [M, D] to take the ranges from; by default `embeddings`.
 
