@@ -12,6 +12,10 @@ from vlm2vec_jax.training.batching import BatchPacker, choose_rows
 BUDGET = 2048
 
 
+def made(compiling=16 * BUDGET, unit=0.0):
+    return Calls(lambda shape: shape.tokens + unit * shape.units, compiling)
+
+
 def calls_of(calls, rng, count, multiple=1):
     lengths = np.clip(rng.lognormal(3.2, 0.7, count).round(), 2, 250).astype(int)
     units = (rng.random(count) < 0.3).astype(int)
@@ -29,13 +33,13 @@ def calls_of(calls, rng, count, multiple=1):
 
 @given(st.integers(0, 2**32), st.lists(st.integers(1, 300), min_size=1, max_size=6))
 def test_every_input_stands_in_one_call_that_holds_it(seed, counts):
-    calls, rng = Calls(), np.random.default_rng(seed)
+    calls, rng = made(), np.random.default_rng(seed)
     for count in counts:
         calls_of(calls, rng, count, multiple=1 + seed % 2)
 
 
 def test_later_windows_need_no_new_programs():
-    calls, rng = Calls(), np.random.default_rng(0)
+    calls, rng = made(), np.random.default_rng(0)
     seen, new = set(), []
     for _ in range(40):
         own = {(size, shape) for _, size, shape in calls_of(calls, rng, 400)}
@@ -45,12 +49,12 @@ def test_later_windows_need_no_new_programs():
 
 
 def test_a_few_inputs_alone_are_not_padded():
-    found = calls_of(Calls(), np.random.default_rng(1), 1)
+    found = calls_of(made(), np.random.default_rng(1), 1)
     assert [(len(rows), size) for rows, size, _ in found] == [(1, 1)]
 
 
 def test_what_is_wasted_again_and_again_is_compiled_in_the_end():
-    calls, rng = Calls(), np.random.default_rng(2)
+    calls, rng = made(), np.random.default_rng(2)
     calls_of(calls, rng, 40)
     single = np.array([20]), np.array([0])
     sizes = []
@@ -59,6 +63,23 @@ def test_what_is_wasted_again_and_again_is_compiled_in_the_end():
         sizes += [size * shape.tokens for _, size, shape in calls.of(groups, BUDGET, 1)]
     assert sizes[0] == 96 and sizes[-1] == 64
     assert sum(sizes) - 64 * len(sizes) <= 17 * BUDGET
+
+
+def test_a_model_that_computes_longer_than_it_compiles_wastes_nothing():
+    calls, rng = made(compiling=20), np.random.default_rng(3)
+    for count in (90, 40, 12, 3):
+        for rows, size, shape in calls_of(calls, rng, count):
+            assert size == len(rows) and shape.sequences < 16
+
+
+def test_what_the_vision_tower_does_for_nothing_counts_too():
+    def rows_of(images):
+        groups = plan(np.full(images, 300), np.ones(images, int), visual_row_tokens=320).groups
+        return [size for _, size, _ in calls.of(groups, BUDGET, 1)]
+
+    for unit, expected in ((0.0, [3]), (5e4, [1])):
+        calls = made(unit=unit)
+        assert (rows_of(3), rows_of(1)) == ([3], expected)
 
 
 def test_a_run_foresees_its_shapes():

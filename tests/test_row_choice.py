@@ -11,7 +11,7 @@ from vlm2vec_jax.planning import plan
 from vlm2vec_jax.row_choice import Price, batch_rows, plan_rows
 
 OPTIONS = {"most": 4096, "longest": 10_000, "step": 32}
-SMALL, REAL = Price(384, 48.0), Price(3072, 48.0)
+SMALL, REAL = Price(384, 48.0, 1e8), Price(3072, 48.0, 8e9)
 
 
 @given(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from vlm2vec_jax.packing import TEXT_ROW_TOKENS, GroupPlan, Plan, plan
+from vlm2vec_jax.packing import TEXT_ROW_TOKENS, GroupPlan, Plan, RowShape, plan
 
 _TEXT_ROWS = (32, 64, 96, 128, 192, 256, 384, TEXT_ROW_TOKENS)
 _SAMPLE = 1000
@@ -36,12 +36,14 @@ class Price:
         row of 4 D tokens. (Attention is dense: a kernel that skips what cannot be seen would
         change this.)
       unit: a visual unit in the vision tower, without attention to other units.
+      token: FLOPs of a token in linear layers, the measure of the rest.
       crowd: units of a row at which the tower's attention costs as much as the rest of it;
         infinite where no unit looks at another (CLIP's crops).
     """
 
     width: int
     unit: float
+    token: float
     crowd: float = math.inf
 
     @classmethod
@@ -58,22 +60,21 @@ class Price:
         squared = max((many - 2 * few) / (2 * _MANY**2), 0.0)
         linear = few / _MANY - squared * _MANY
         if squared * _MANY < 1e-6 * linear:  # rounding
-            return cls(width, linear / token)
-        return cls(width, linear / token, linear / (_SOFTMAX * squared))
+            return cls(width, linear / token, token)
+        return cls(width, linear / token, token, linear / (_SOFTMAX * squared))
 
     def crowding(self, units: float) -> float:
         """What a unit costs in a row of so many, as a multiple of one alone."""
         return 1 + units / self.crowd
 
+    def row(self, shape: RowShape) -> float:
+        """The price of a row, full or not."""
+        text = shape.tokens * (1 + shape.tokens / (4 * self.width))
+        return text + shape.units * self.unit * self.crowding(shape.units)
+
     def of(self, planned: Plan) -> float:
         """The price of a plan."""
-        total = 0.0
-        for group in planned.groups:
-            tokens, units = group.shape.tokens, group.shape.units
-            row = tokens * (1 + tokens / (4 * self.width))
-            row += units * self.unit * self.crowding(units)
-            total += len(group.rows) * row
-        return total
+        return sum(len(group.rows) * self.row(group.shape) for group in planned.groups)
 
 
 def plan_rows(

@@ -26,6 +26,10 @@ from vlm2vec_jax.row_choice import Price, plan_rows
 
 _CPU_VISUAL_TOKENS = 1024
 """Of a call of rows with images on a CPU, whose cache holds the attention of one long row only."""
+_COMPILING = {"cpu": 2e11}
+"""FLOPs that a device does while a program is compiled: here one thread, in one or two seconds."""
+_COMPILING_ELSEWHERE = 2e15
+"""The same of an accelerator in half a minute, at a tenth to a half of its peak."""
 CANNOT_READ = "some inputs cannot be read"
 
 
@@ -120,7 +124,8 @@ class Batches:
         self._price = price
         self._fill, self._compute = fill, compute
         self._used_rows: set[tuple[bool, int]] = set()
-        self._calls = Calls()
+        compiling = _COMPILING.get(device.platform, _COMPILING_ELSEWHERE)
+        self._calls = Calls(price.row, compiling / price.token)
 
     def run(
         self,

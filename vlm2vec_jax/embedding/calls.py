@@ -1,33 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many rows each call of an embedder computes, so that a few compiled programs serve it.
 
-A program is compiled for a number of rows of one shape. Windows of inputs need ever new numbers;
-compiling takes seconds to minutes, while a few rows of padding cost milliseconds. So a program
-that is there is taken instead of one that would fit better, until what that has wasted would have
-paid for the better one. What is compiled for one window of many is made with room for twice as
-much: the next will need a little more.
+A program is compiled for a number of rows of one shape. Windows of inputs need ever new numbers.
+A program that is there is taken instead of one that would fit better, until what has been computed
+for nothing is as much work as compiling the better one (the rule of who rents skis until the rent
+has come to their price). What is compiled for one window of many, or once more for rows of the same
+length, is made with room for twice as much where that costs little beside compiling: the next will
+need a little more. So a large model on a slow device gets a program for every call, and a small one
+on a fast device only a few.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vlm2vec_jax.packing import GroupPlan, RowBatch, RowShape, row_batches
 from vlm2vec_jax.row_choice import batch_rows
 
 _SPARE = 2
-"""A call may waste a so-many-th of a full call on an existing program ..."""
-_WORTH = 16
-"""... until so many full calls have been wasted for want of one and the same program."""
+"""A call may waste a so-many-th of a full call on an existing program."""
+_ROOM = 16
+"""A so-many-th of a program's price may be spent on each call's room for more."""
 
 
 class Calls:
     """Deals rows among calls, and remembers what has been compiled."""
 
-    def __init__(self) -> None:
+    def __init__(self, price: Callable[[RowShape], float], compiling: float) -> None:
+        """Say what things cost.
+
+        Args:
+          price: of a row.
+          compiling: price of a program.
+        """
+        self._price, self._compiling = price, compiling
         self._programs: dict[RowShape, set[int]] = {}
-        self._wasted: dict[tuple[RowShape, int], int] = {}
+        self._wasted: dict[tuple[RowShape, int], float] = {}
 
     def of(
         self,
@@ -45,39 +54,41 @@ class Calls:
           visual_budget: tokens of a call of rows with images, if not as many.
         """
         tokens = sum(len(group.rows) * group.shape.tokens for group in groups)
-        alone = not self._programs and tokens <= 3 * budget  # a few inputs, perhaps the only ones
+        few = tokens <= 3 * budget  # perhaps always the same few
         for group in groups:
             most = visual_budget if group.visual and visual_budget else budget
             full = max(most // group.shape.tokens, 1)
             count = batch_rows(len(group.rows), full, multiple)
             for part in row_batches(group, count, row_multiple=multiple):
-                room = 1 if alone or 2 * part.num_rows > full else 2
-                yield self._call(part, group.shape, most, room)
+                yield self._call(part, group.shape, full, few)
 
     def _call(
-        self, part: RowBatch, shape: RowShape, budget: int, room: int
+        self, part: RowBatch, shape: RowShape, full: int, few: bool
     ) -> tuple[list[list[int]], int, RowShape]:
-        if part.num_rows in self._programs.get(shape, ()):
-            return part.rows, part.num_rows, shape
+        count, row = part.num_rows, self._price(shape)
+        if count in self._programs.get(shape, ()):
+            return part.rows, count, shape
         others = [
-            (count * known.tokens, count, known)
+            (size * self._price(known), size, known)
             for known, counts in self._programs.items()
             if _holds(known, shape)
-            for count in counts
-            if count >= len(part.rows)
+            for size in counts
+            if size >= len(part.rows)
         ]
+        pays = False
         if others:
-            cost, count, known = min(others)
-            waste = max(cost - part.num_rows * shape.tokens, 0)
-            wanted = (shape, part.num_rows)
-            total = self._wasted.get(wanted, 0) + waste
-            if waste <= budget // _SPARE and total <= _WORTH * budget:
+            price, size, known = min(others, key=lambda other: other[0])
+            waste = max(price - count * row, 0.0)
+            wanted = (shape, count)
+            total = self._wasted.get(wanted, 0.0) + waste
+            pays = total > self._compiling
+            if waste <= full * row / _SPARE and not pays:
                 self._wasted[wanted] = total
-                return part.rows, count, known
-            if total > _WORTH * budget:
-                room = 1  # often wanted just so
-        count = room * part.num_rows
-        shape = dataclasses.replace(shape, sequences=room * shape.sequences)
+                return part.rows, size, known
+        little = count * row <= self._compiling / _ROOM and 2 * count <= full
+        again = any((k.tokens, k.units) == (shape.tokens, shape.units) for k in self._programs)
+        if little and not pays and (again or not few):
+            count, shape = 2 * count, dataclasses.replace(shape, sequences=2 * shape.sequences)
         self._programs.setdefault(shape, set()).add(count)
         return part.rows, count, shape
 
