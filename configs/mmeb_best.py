@@ -16,6 +16,8 @@ Images are placed and marked as Qwen2-VL was pretrained (M-RoPE between vision s
 
     configs/mmeb_best.py:2b    Qwen2-VL-2B-Instruct
     configs/mmeb_best.py:7b    Qwen2-VL-7B-Instruct
+
+and, behind a comma, machines: `7b,v5e-64` and `7b,v5p-32` are compiled in docs/compile/.
 """
 
 from vlm2vec_jax.config import (
@@ -27,25 +29,27 @@ from vlm2vec_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    variant,
 )
-from vlm2vec_jax.errors import UserError
 
 SUBSETS = (
     "A-OKVQA,CIRR,ChartQA,DocVQA,HatefulMemes,ImageNet_1K,InfographicsVQA,MSCOCO,MSCOCO_i2t,"
     "MSCOCO_t2i,N24News,NIGHTS,OK-VQA,SUN397,VOC2007,VisDial,Visual7W,VisualNews_i2t,"
     "VisualNews_t2i,WebQA"
 )
-VARIANTS = {"2b": "Qwen2-VL-2B-Instruct", "7b": "Qwen2-VL-7B-Instruct"}
+MODELS = {"2b": "Qwen2-VL-2B-Instruct", "7b": "Qwen2-VL-7B-Instruct"}
+MACHINES = {"v5e-64": (8, 8), "v5p-32": (4, 4)}
+"""Machine -> mesh (data, fsdp)."""
 
 
 def get_config(arg: str = "") -> Config:
-    """The recipe; `arg` is "2b" (also without a colon) or "7b"."""
-    if (arg or "2b") not in VARIANTS:
-        known = ", ".join(VARIANTS)
-        raise UserError(f"configs/mmeb_best.py has no variant {arg!r}; known are {known}")
+    """The recipe; `arg` is a model ("2b" without), a machine, or both with a comma."""
+    model, machine = variant("configs/mmeb_best.py", arg, MODELS, MACHINES)
+    model = model or "2b"
+    data, fsdp = MACHINES.get(machine, (-1, 1))
     return Config(
         model=ModelConfig(
-            path=f"models/{VARIANTS[arg or '2b']}",
+            path=f"models/{MODELS[model]}",
             dtype="bfloat16",
             image_positions="mrope",  # how the base was pretrained; Qwen3-VL-Embedding keeps it
             image_markers="wrapped",
@@ -79,10 +83,10 @@ def get_config(arg: str = "") -> Config:
             mask_duplicate_targets=True,  # WeMM-Embedding loses 0.5 without
             same_query="mask",  # equal queries with other answers are no negatives either
         ),
-        mesh=MeshConfig(data=-1, fsdp=1, tensor=1),
+        mesh=MeshConfig(data=data, fsdp=fsdp, tensor=1),
         checkpoint=CheckpointConfig(every=100, keep=2),
         batch_size=1024,  # ReMatch, B3
         steps=2500,  # ReMatch
         temperature=0.02,  # ReMatch, B3, LLaVE
-        output=f"runs/mmeb_best_{arg or '2b'}",
+        output=f"runs/mmeb_best_{model}",
     )

@@ -14,12 +14,12 @@ has none; transparent images lose their alpha, as in the transformers of its tim
 
     configs/mmeb_qwen2vl.py:2b          Qwen2-VL-2B-Instruct
     configs/mmeb_qwen2vl.py:7b          Qwen2-VL-7B-Instruct
-    configs/mmeb_qwen2vl.py:7b_v5e64    the same laid out for a v5e-64 slice
-    configs/mmeb_qwen2vl.py:7b_v5p32    ... and for a v5p-32 slice (16 chips)
+    configs/mmeb_qwen2vl.py:7b,v5e-64   the same laid out for a v5e-64 slice
+    configs/mmeb_qwen2vl.py:7b,v5p-32   ... and for a v5p-32 slice (16 chips)
 
-`python -m vlm2vec_jax.compile --config configs/mmeb_qwen2vl.py:7b_v5e64 --topology v5e:8x8` tells
-the memory per chip on any machine. Expect scores near the published ones, 60.1 (2B) and 65.8 (7B)
-on the 36 tasks with the reference's evaluation.
+`python -m vlm2vec_jax.compile --config configs/mmeb_qwen2vl.py:7b,v5e-64 --topology v5e:8x8` tells
+the memory per chip on any machine; docs/compile/ has the reports of both. Expect scores near the
+published ones, 60.1 (2B) and 65.8 (7B) on the 36 tasks with the reference's evaluation.
 """
 
 from vlm2vec_jax.config import (
@@ -30,8 +30,8 @@ from vlm2vec_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    variant,
 )
-from vlm2vec_jax.errors import UserError
 
 SUBSETS = (
     "A-OKVQA,CIRR,ChartQA,DocVQA,HatefulMemes,ImageNet_1K,InfographicsVQA,MSCOCO,MSCOCO_i2t,"
@@ -39,24 +39,19 @@ SUBSETS = (
     "VisualNews_t2i,WebQA"
 )
 
-# Variant -> model, mesh (data, fsdp). With 7B a chip of 16 GB shares the weights with seven others.
-VARIANTS = {
-    "2b": ("Qwen2-VL-2B-Instruct", (-1, 1)),
-    "7b": ("Qwen2-VL-7B-Instruct", (-1, 1)),
-    "7b_v5e64": ("Qwen2-VL-7B-Instruct", (8, 8)),
-    "7b_v5p32": ("Qwen2-VL-7B-Instruct", (4, 4)),
-}
+MODELS = {"2b": "Qwen2-VL-2B-Instruct", "7b": "Qwen2-VL-7B-Instruct"}
+MACHINES = {"v5e-64": (8, 8), "v5p-32": (4, 4)}
+"""Machine -> mesh (data, fsdp). With 7B a chip of 16 GB shares the weights with seven others."""
 
 
 def get_config(arg: str = "") -> Config:
-    """The recipe; `arg` is what stands behind the colon, "2b" without."""
-    if (arg or "2b") not in VARIANTS:
-        known = ", ".join(VARIANTS)
-        raise UserError(f"configs/mmeb_qwen2vl.py has no variant {arg!r}; known are {known}")
-    name, (data, fsdp) = VARIANTS[arg or "2b"]
+    """The recipe; `arg` is what stands behind the colon: a model ("2b" without), a machine."""
+    model, machine = variant("configs/mmeb_qwen2vl.py", arg, MODELS, MACHINES)
+    model = model or "2b"
+    data, fsdp = MACHINES.get(machine, (-1, 1))
     return Config(
         model=ModelConfig(
-            path=f"models/{name}",
+            path=f"models/{MODELS[model]}",
             dtype="bfloat16",
             image_positions="sequential",
             image_markers="bare",
@@ -79,5 +74,5 @@ def get_config(arg: str = "") -> Config:
         batch_size=1024,
         steps=2000,
         temperature=0.02,
-        output=f"runs/mmeb_qwen2vl_{arg or '2b'}",
+        output=f"runs/mmeb_qwen2vl_{model}",
     )

@@ -39,7 +39,7 @@ PINNED = "fab939e6553281dc617344ffb87c3e2de50eed072ef84365e7f4d30bbeea1c6f"
 
 GOLDEN_CONFIGS = [
     *("mini", "mmeb", "mmeb:lora", "mmeb:full"),
-    *("mmeb_qwen2vl", "mmeb_qwen2vl:7b_v5e64", "mmeb_v2", "mmeb_best"),
+    *("mmeb_qwen2vl", "mmeb_qwen2vl:7b,v5e-64", "mmeb_v2", "mmeb_best", "mmeb_llava_next"),
 ]
 
 
@@ -248,6 +248,22 @@ def test_config_files_resolve_to_their_golden_texts(repository, name):
     config = check(load(repository, name))
     golden = repository / "tests" / "golden_configs" / f"{name.replace(':', '_')}.txt"
     assert as_text(config) == golden.read_text()
+
+
+@pytest.mark.parametrize("file", ["mmeb_qwen2vl", "mmeb_best", "mmeb_llava_next"])
+@pytest.mark.parametrize(("machine", "mesh"), [("v5e-64", (8, 8)), ("v5p-32", (4, 4))])
+def test_recipes_of_7b_are_laid_out_for_pods(repository, file, machine, mesh):
+    size = "" if file == "mmeb_llava_next" else "7b,"
+    laid, plain = load(repository, f"{file}:{size}{machine}"), load(repository, f"{file}:{size}")
+    assert (laid.mesh.data, laid.mesh.fsdp) == mesh
+    laid.mesh = plain.mesh
+    assert laid == plain
+    for arg, said in (
+        (f"{size}v9", "no variant 'v9'; known are .*v5e-64, v5p-32"),
+        ("v5e-64,v5p-32", "asks for v5e-64 and v5p-32"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(repository, f"{file}:{arg}")
 
 
 def test_mmeb_is_the_papers_recipe(repository):

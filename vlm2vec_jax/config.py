@@ -258,6 +258,33 @@ def assign(config: Config, path: str, value: Any) -> None:
     setattr(getattr(config, group[0]) if group else config, name, value)
 
 
+def variant(file: str, arg: str, *kinds: Collection[str]) -> tuple[str, ...]:
+    """What stands behind a configuration file's colon: words with commas between, one of a kind.
+
+    Args:
+      file: for messages.
+      arg: such as "7b,v5e-64".
+      kinds: the words that there are, by kind.
+
+    Returns:
+      The word of each kind, "" where none was given.
+
+    Raises:
+      UserError: for unknown words, and for two of a kind.
+    """
+    words = [word for word in arg.split(",") if word]
+    unknown = [word for word in words if not any(word in kind for kind in kinds)]
+    if unknown:
+        known = ", ".join(word for kind in kinds for word in kind)
+        told = ", ".join(map(repr, unknown))
+        raise UserError(f"{file} has no variant {told}; known are {known}")
+    chosen = [[word for word in words if word in kind] for kind in kinds]
+    for found in chosen:
+        if len(found) > 1:
+            raise UserError(f"{file}:{arg} asks for {' and '.join(found)}")
+    return tuple(found[0] if found else "" for found in chosen)
+
+
 def check(config: Config) -> Config:
     """Look for every mistake that shows without opening a file, and settle the form of values.
 
