@@ -9,6 +9,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -57,6 +58,15 @@ def goldens() -> Path:
 def repository() -> Path:
     """The root of the repository."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly() -> Iterator[None]:
+    """Programs of the module are compiled without most of the optimizing."""
+    from small_models import quick_compiler
+
+    with quick_compiler():
+        yield
 
 
 @pytest.fixture(scope="module")

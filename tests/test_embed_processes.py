@@ -11,16 +11,12 @@ import pytest
 import simulated
 from commands import tear
 from embed_tools import TOLERANCE, argv, load, texts, wanted, write_lines
-from small_models import picture, quick_compiler
+from small_models import picture
 from test_multiprocess import free_port
 
 from vlm2vec_jax.embedder import Embedder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from small_models import PROMPT, label, picture, quick_compiler, write_model, write_train
+from small_models import PROMPT, label, picture, write_model, write_train
 
 from vlm2vec_jax import MultimodalInput, embedder
 from vlm2vec_jax.embedder import Embedder
@@ -22,13 +22,9 @@ from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.inputs import BadInputs
 from vlm2vec_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

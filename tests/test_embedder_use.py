@@ -13,20 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_models import label, picture, quick_compiler, write_model, write_train
+from small_models import label, picture, write_model, write_train
 
 from vlm2vec_jax.embedder import Embedder
 from vlm2vec_jax.embedding import vectors
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.inputs import BadInputs
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_models import label, picture, quick_compiler, write_model, write_train
+from small_models import label, picture, write_model, write_train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")

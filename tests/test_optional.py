@@ -13,22 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import label, quick_compiler, write_model, write_train
+from small_models import label, write_model, write_train
 
 from vlm2vec_jax import embed, flags, search
 from vlm2vec_jax.embedder import Embedder
 from vlm2vec_jax.embedding import corpus, index
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("compiled_quickly")]
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 ROWS = 120
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_files import make_train
-from small_models import quick_compiler
 from test_train_command import log
 from training_tools import mini_model
 
@@ -18,11 +17,7 @@ from vlm2vec_jax.training import guard
 from vlm2vec_jax.training.guard import SkippedSteps, guarded
 from vlm2vec_jax.training.step import TrainState
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    with quick_compiler():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.mark.parametrize("where", ["", "loss", "grad_norm"])

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from data_files import make_train
-from small_models import quick_compiler
 from training_tools import mini_model
 
 from vlm2vec_jax import train
@@ -21,6 +20,8 @@ from vlm2vec_jax.embedder import Embedder
 from vlm2vec_jax.flags import call
 from vlm2vec_jax.inputs import MultimodalInput
 from vlm2vec_jax.training.metrics import MetricsWriter
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 slow = pytest.mark.slow
 
@@ -96,12 +97,6 @@ def test_curves_of_the_reference(kind, goldens, repository, tmp_path):
 
 
 # A small model on a few lines
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

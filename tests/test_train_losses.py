@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 from data_files import train_rows, write_parquet
-from small_models import quick_compiler
 from training_tools import mini_model
 
 from vlm2vec_jax import config as config_lib
 from vlm2vec_jax import train
 from vlm2vec_jax.flags import call
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 EVERYTHING = {
     "loss.negatives": 2,
@@ -26,12 +27,6 @@ EVERYTHING = {
     "loss.learn_temperature": True,
     "loss.temperature_lr": 0.1,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import quick_compiler
 from training_tools import (
     check_gradients,
     encode,
@@ -29,17 +28,13 @@ from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import StepSpec, TrainBatch, loss_and_grads
 from vlm2vec_jax.weights.adapter_config import AdapterConfig, resolve
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SPEC = StepSpec(Compute("float32"), temperature=0.1)
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "k_proj", "q_proj", "out_proj")
 ONE = (1, 1, 1)
 slow = pytest.mark.slow
 LONG = (pytest.mark.slow, pytest.mark.long)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")
