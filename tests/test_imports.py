@@ -20,7 +20,7 @@ NAME = PACKAGE.name
 
 ENTRY_POINTS = {"train", "evaluate", "embed", "export", "compile", "replay", "search"}
 MAINS = ENTRY_POINTS | {"flags", "data.mini_mmeb", "models.phi3v.mini", "evaluation.report"}
-MAINS |= {"models.qwen2_vl.mini"}
+MAINS |= {"models.qwen2_vl.mini", "models.shared.mini"}
 MAINS |= {"data.prepare", "data.verify", "data.membership"}
 MAINS |= {"weights.compare", "weights.from_bin"}
 MAINS |= {f"evaluation.{name}" for name in ("command", "merge", "flickr", "inputs", "leaderboard")}

@@ -7,13 +7,18 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from vlm2vec_jax.data.mini_mmeb import write_mini_mmeb
 from vlm2vec_jax.errors import UserError
+from vlm2vec_jax.inputs import MultimodalInput
+from vlm2vec_jax.models.folders import locate
+from vlm2vec_jax.models.loading import load_model, open_processor
 from vlm2vec_jax.models.phi3v import mini
-from vlm2vec_jax.models.shared.mini_texts import training_texts
+from vlm2vec_jax.models.qwen2_vl import mini as mini_qwen
+from vlm2vec_jax.models.shared.mini import training_texts
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +175,35 @@ def test_sizes_that_do_not_fit_are_listed_together(data, tmp_path):
     assert not (tmp_path / "m").exists()
     with pytest.raises(UserError, match="no <Subset>"):
         mini.write_mini_model(tmp_path, tmp_path / "m")
+
+
+def test_a_small_qwen2_vl_is_whole_and_no_phi3_v(data, folder, goldens, tmp_path, capsys):
+    output = tmp_path / "qwen"
+    flags = ["--data", str(data), "--output", str(output)]
+    assert mini_qwen.main(flags) == 0
+    ours, _ = _tensors(output / "model.safetensors")
+    manifest = json.loads((output / "mini_model.json").read_text())
+    assert manifest["parameters"] == sum(tensor.size for tensor in ours.values())
+    words = f"untrained qwen2_vl with {manifest['parameters']:,} parameters"
+    assert words in capsys.readouterr().out
+    golden, _ = _tensors(goldens / "qwen2_vl" / "tied" / "model.safetensors")
+    blocks = {re.sub(r"\.\d+\.", ".N.", name) for name in golden}
+    assert {re.sub(r"\.\d+\.", ".N.", name) for name in ours} == blocks
+    for name, tensor in ours.items():
+        kind = (tensor == 1 if name.endswith("weight") else tensor == 0).all()
+        assert kind if tensor.ndim == 1 else 0.005 < tensor.std() < 0.5, name
+    # Strict: every name and shape that the configuration asks for.
+    model = load_model(output, dtype_of=lambda path: np.float32)
+    processor = open_processor(model, locate(output), {})
+    picture = Image.new("RGB", (56, 56), "red")
+    encoded = processor.encode(MultimodalInput("<|image_1|> What is it?", (picture,)))
+    assert encoded.units == 16 == np.count_nonzero(encoded.feature_index >= 0)
+    tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
+    for text in {*training_texts(data), "naïve 図 \t never seen: zebra!", "  two  spaces"}:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    before = (output / "model.safetensors").read_bytes()
+    assert mini_qwen.main(flags) == 0 and (output / "model.safetensors").read_bytes() == before
+    for other in ([*flags, "--seed", "1"], [*flags[:-1], str(folder)]):
+        assert mini_qwen.main(other) == 2
+        assert "--force" in capsys.readouterr().err
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "phi3_v"

@@ -10,9 +10,7 @@ MMEB-train folder. The CLIP tower's size stands in `vision_config` of config.jso
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -20,16 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.errors import raise_problems
 from vlm2vec_jax.models.phi3v.mini_tokenizer import (
     SPECIAL_TOKENS,
     build_tokenizer,
     named_tokens,
     tokenizer_config,
 )
-from vlm2vec_jax.models.shared.mini_texts import training_texts
+from vlm2vec_jax.models.shared.mini import check_output, command, training_texts, write_model
 
-MANIFEST = "mini_model.json"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -120,8 +117,6 @@ def write_mini_model(
       UserError: for sizes that do not fit, a folder without training texts, or a non-empty
         `output` that is another model.
     """
-    from safetensors.numpy import save_file
-
     sizes = sizes or MiniSizes()
     sizes.check()
     output = Path(output)
@@ -129,15 +124,7 @@ def write_mini_model(
     pieces = len(tokenizer["model"]["vocab"])
     vocab = -(-(pieces + len(SPECIAL_TOKENS)) // 64) * 64
     wanted = {"seed": seed, "sizes": dataclasses.asdict(sizes), "pieces": pieces}
-    if output.is_dir() and any(output.iterdir()):
-        if not force and not _is_same(output, wanted, tokenizer):
-            raise UserError(
-                f"{output} is not empty and holds no mini model of these settings; "
-                f"choose another folder or overwrite it with --force"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MANIFEST).unlink(missing_ok=True)
-    weights = random_weights(sizes, vocab, seed)
+    check_output(output, wanted, tokenizer, force=force)
     files = {
         "config.json": model_config(sizes, vocab, pieces),
         "generation_config.json": {
@@ -159,26 +146,8 @@ def write_mini_model(
         "tokenizer_config.json": tokenizer_config(pieces),
         "special_tokens_map.json": named_tokens(),
     }
-    for name, content in files.items():
-        _write_json(output / name, content)
-    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
-    parameters = int(sum(w.size for w in weights.values()))
-    manifest = {**wanted, "vocab_size": vocab, "parameters": parameters}
-    _write_json(output / MANIFEST, manifest)
-    return manifest
-
-
-def _is_same(output: Path, wanted: dict, tokenizer: dict) -> bool:
-    try:
-        there = json.loads((output / MANIFEST).read_text())
-        words = json.loads((output / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return {k: there.get(k) for k in wanted} == wanted and words == tokenizer
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    weights = random_weights(sizes, vocab, seed)
+    return write_model(output, files, weights, {**wanted, "vocab_size": vocab})
 
 
 def model_config(sizes: MiniSizes, vocab: int, pieces: int) -> dict:
@@ -315,27 +284,7 @@ def random_weights(sizes: MiniSizes, vocab: int, seed: int) -> dict[str, np.ndar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="mini-MMEB")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the model's folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="overwrite another model there")
-    for field in dataclasses.fields(MiniSizes):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default)
-    args = vars(parser.parse_args(argv))
-    sizes = MiniSizes(**{f.name: args[f.name] for f in dataclasses.fields(MiniSizes)})
-    try:
-        manifest = write_mini_model(
-            args["data"], args["output"], args["seed"], sizes, force=args["force"]
-        )
-    except (UserError, OSError) as error:
-        print(f"mini: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"wrote {args['output']}: untrained phi3_v with {manifest['parameters']:,} parameters "
-        f"and {manifest['pieces']} tokenizer pieces"
-    )
-    return 0
+    return command(argv, __doc__, "phi3_v", write_mini_model, MiniSizes)
 
 
 if __name__ == "__main__":

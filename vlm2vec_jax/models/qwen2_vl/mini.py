@@ -11,7 +11,6 @@ training.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -22,11 +21,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.models.qwen2_vl.config import from_dict
 from vlm2vec_jax.models.qwen2_vl.weights import table
 from vlm2vec_jax.models.qwen_vl.model import QwenVL
-from vlm2vec_jax.models.shared.mini_texts import training_texts
+from vlm2vec_jax.models.shared.mini import check_output, command, training_texts, write_model
 
 PIECES = 1000
 SPECIAL_TOKENS = (
@@ -38,7 +36,6 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-MANIFEST = "mini_model.json"
 _PATCH = 7
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -62,20 +59,17 @@ def write_mini_model(
       The manifest: seed, number of parameters and of tokenizer pieces.
 
     Raises:
-      UserError: for a folder without training texts, or a non-empty `output` that is none of these.
+      UserError: for a folder without training texts, or a non-empty `output` that is another
+        model.
     """
-    from safetensors.numpy import save_file
-
     output = Path(output)
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists() and not force:
-        raise UserError(f"{output} is not empty and holds no small model; overwrite it by --force")
     tokenizer, pieces = build_tokenizer(training_texts(data))
+    settings = {"backbone": "qwen2_vl", "seed": seed, "pieces": pieces}
+    check_output(output, settings, tokenizer, force=force)
     ids = {name: pieces + k for k, name in enumerate(SPECIAL_TOKENS)}
     config = model_config(-(-(pieces + len(ids)) // 64) * 64, ids)
-    weights = random_weights(config, seed)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     files = {
+        "tokenizer.json": tokenizer,
         "config.json": config,
         "preprocessor_config.json": image_config(),
         "tokenizer_config.json": {
@@ -88,13 +82,7 @@ def write_mini_model(
             "tokenizer_class": "Qwen2Tokenizer",
         },
     }
-    for name, content in files.items():
-        _write_json(output / name, content)
-    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
-    parameters = int(sum(w.size for w in weights.values()))
-    manifest = {"seed": seed, "pieces": pieces, "parameters": parameters}
-    _write_json(output / MANIFEST, manifest)
-    return manifest
+    return write_model(output, files, random_weights(config, seed), settings)
 
 
 def model_config(vocab: int, ids: dict[str, int]) -> dict[str, Any]:
@@ -202,7 +190,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def build_tokenizer(texts: Sequence[str]) -> tuple[str, int]:
+def build_tokenizer(texts: Sequence[str]) -> tuple[dict[str, Any], int]:
     """Learn a byte-level BPE as Qwen's; returns `tokenizer.json` and the number of its pieces."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as pre
@@ -225,7 +213,7 @@ def build_tokenizer(texts: Sequence[str]) -> tuple[str, int]:
     learner.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS]
     )
-    return learner.to_str(pretty=True), pieces
+    return json.loads(learner.to_str()), pieces
 
 
 def _added(name: str) -> dict[str, Any]:
@@ -233,28 +221,9 @@ def _added(name: str) -> dict[str, Any]:
     return {"content": name, **flags, "special": True}
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="mini-MMEB")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the model's folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="overwrite another model there")
-    args = parser.parse_args(argv)
-    try:
-        made = write_mini_model(args.data, args.output, args.seed, force=args.force)
-    except (UserError, OSError) as error:
-        print(f"mini: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"wrote {args.output}: untrained qwen2_vl with {made['parameters']:,} parameters and "
-        f"{made['pieces']} tokenizer pieces"
-    )
-    return 0
+    return command(argv, __doc__, "qwen2_vl", write_mini_model)
 
 
 if __name__ == "__main__":
