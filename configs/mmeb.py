@@ -13,7 +13,7 @@ of the 20 training subsets, bfloat16. Variants stand behind a colon:
     configs/mmeb.py:lora   plain LoRA of the same size
     configs/mmeb.py:full   every parameter, float32 masters
 
-and machines, alone or behind a comma, which set mesh and chunk:
+and machines, alone or behind a comma, which set the mesh:
 
     configs/mmeb.py:v5e-64, configs/mmeb.py:lora,v5p-32, configs/mmeb.py:full,v6e-16,
     configs/mmeb.py:h100-8, configs/mmeb.py:lora,h200-1
@@ -69,20 +69,17 @@ VARIANTS = {"": "dora", "dora": "dora", "lora": "lora", "full": "none"}
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Mesh and chunk for a machine.
+    """Mesh for a machine; chunks and what is kept are chosen for its memory (`fitting`).
 
     Attributes:
-      adapters: (data, fsdp) where adapters are trained.
+      adapters: (data, fsdp) where adapters are trained: weights of 8.3 GB whole on every chip that
+        can hold them beside a chunk's activations, so that no chunk waits for another chip.
       full: (data, fsdp) where every parameter is, with 66 GB of masters, moments and gradients.
-      chunk_tokens: of each chip.
-      full_chunk_tokens: the same where every parameter is trained.
       checked: how it is known to fit.
     """
 
     adapters: tuple[int, int]
     full: tuple[int, int]
-    chunk_tokens: int
-    full_chunk_tokens: int
     checked: str
 
 
@@ -90,18 +87,14 @@ UNCHECKED = "unchecked: worked out from sizes, neither compiled nor run there"
 
 PRESETS = {
     "v5e-64": Preset(
-        (8, 8), (1, 64), 4096, 4096, "LoRA compiled (docs/compile/lora_v5e-64.txt); else unchecked"
+        (8, 8), (1, 64), "LoRA compiled (docs/compile/lora_v5e-64.txt); else unchecked"
     ),
-    "v5p-32": Preset(
-        (2, 8),
-        (1, 16),
-        16384,
-        8192,
-        "full fine-tuning compiled (docs/compile/full_v5p-32.txt); else unchecked",
+    "v5p-32": Preset((16, 1), (1, 16), "LoRA and full fine-tuning compiled (docs/compile)"),
+    "v6e-16": Preset(
+        (16, 1), (1, 16), "LoRA compiled (docs/compile/lora_v6e-16.txt); else unchecked"
     ),
-    "v6e-16": Preset((4, 4), (1, 16), 8192, 4096, UNCHECKED),
-    "h100-8": Preset((1, 8), (1, 8), 16384, 8192, UNCHECKED),
-    "h200-1": Preset((1, 1), (1, 1), 16384, 8192, UNCHECKED),
+    "h100-8": Preset((8, 1), (1, 8), UNCHECKED),
+    "h200-1": Preset((1, 1), (1, 1), UNCHECKED),
 }
 """Machine -> preset. v5p counts two cores to a chip: v5p-32 has 16 chips."""
 
@@ -130,10 +123,7 @@ def get_config(arg: str = "") -> Config:
     config = _recipe(kind)
     if machines:
         preset = PRESETS[machines[0]]
-        full = kind == "full"
-        config.mesh.data, config.mesh.fsdp = preset.full if full else preset.adapters
-        config.packing.chunk_tokens = preset.full_chunk_tokens if full else preset.chunk_tokens
-        config.grad_cache = "on"
+        config.mesh.data, config.mesh.fsdp = preset.full if kind == "full" else preset.adapters
     return config
 
 

@@ -53,12 +53,13 @@ class Config:
       temperature: cosines are divided by it.
       output: folder that receives config.json, metrics.jsonl, checkpoints/ and the model.
       grad_cache: "on" embeds chunk by chunk and keeps no activations of the others, "off" takes
-        the batch in one piece, "auto" is "off" where the batch is one chunk.
+        the batch in one piece, "auto" is "off" where that fits.
       attention: "xla" (exact, anywhere), "splash" (TPU), "cudnn" or "triton" (NVIDIA), or "auto"
         for what suits platform and shapes.
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps
         matrix products, "full" recomputes the layer from its input, "offload" too, but that input
-        waits in the host's memory.
+        waits in the host's memory; "auto" is the fastest that fits, the vision tower's as well
+        (docs/scaling.md).
       remat_vision: the same for the vision tower alone; "same" as `remat`.
       log_every: steps between two lines on the console; metrics.jsonl has every step.
       profile: "START:STOP" traces these steps into `output/profile`; empty for none.
@@ -83,7 +84,7 @@ class Config:
     output: str = ""
     grad_cache: str = "auto"
     attention: str = "auto"
-    remat: str = "full"
+    remat: str = "auto"
     remat_vision: str = "same"
     log_every: int = 10
     profile: str = ""

@@ -24,7 +24,7 @@ CHOICES = {
     "optim.schedule": ("linear", "cosine", "constant"),
     "grad_cache": ("auto", "on", "off"),
     "attention": ("auto", "xla", "splash", "cudnn", "triton"),
-    "remat": ("none", "dots", "offload", "full"),
+    "remat": ("auto", "none", "dots", "offload", "full"),
     "remat_vision": ("same", "none", "dots", "offload", "full"),
     "loss.form": ("auto", "dense", "tiled", "ring"),
     "loss.same_query": ("negative", "mask", "positive"),

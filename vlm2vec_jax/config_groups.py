@@ -185,7 +185,8 @@ class PackingConfig(_Group):
 
     Attributes:
       row_tokens: length of a packed row; 0 for a choice from the data.
-      chunk_tokens: tokens that one device embeds at a time; 0 for a choice from the data.
+      chunk_tokens: tokens that one device embeds at a time; 0 for the most that fit
+        (docs/scaling.md).
     """
 
     row_tokens: int = 0

@@ -95,7 +95,7 @@ def train(config: Config, peers: Any = None) -> int:
     from vlm2vec_jax.parallel.mesh import make_mesh, row_part, row_shards
     from vlm2vec_jax.parallel.peers import Peers
     from vlm2vec_jax.training import data as data_lib
-    from vlm2vec_jax.training import dump, going_on, report, setup
+    from vlm2vec_jax.training import dump, going_on, report, settling, setup
     from vlm2vec_jax.training.best import Best
     from vlm2vec_jax.training.checkpoint import Checkpoints
     from vlm2vec_jax.training.follow import Follower
@@ -127,12 +127,9 @@ def train(config: Config, peers: Any = None) -> int:
     model, processor, adapter = peers.together("start/model", lambda: setup.load(config, mesh))
     record = setup.record_of(config, model, processor, adapter, data)
 
-    # 4. How: packed shapes, optimizer, state.
+    # 4. How: optimizer, state.
     sizes = data_lib.sample_sizes(data, processor, peers, negatives=config.loss.negatives)
-    rows, plain = setup.choose_packing(config, sizes, model, row_shards(mesh))
-    packer = setup.packer(config, rows, plain, processor, model, row_shards(mesh), part)
     trainer = setup.trainer(config, model, mesh)
-    spec = setup.step_spec(config, model, cached=packer.cached, shards=row_shards(mesh))
     watch = LossWatch(config)
 
     with (
@@ -147,6 +144,23 @@ def train(config: Config, peers: Any = None) -> int:
     ):
         # 5. From where: the newest good checkpoint of the same run.
         done, saved = going_on.resume(config, checkpoints, trainer, data)
+
+        # 6. In which pieces: chunks and what is kept, packed shapes; as before if it goes on.
+        settled = settling.settle(
+            config,
+            model,
+            trainer,
+            sizes,
+            processor.visual_layout,
+            peers,
+            before=saved.get("settled"),
+            say=report.note if peers.is_main else None,
+        )
+        rows = setup.rows_of(settled.config, model, sizes)
+        packer = setup.packer(
+            settled.config, rows, model, processor.visual_layout, row_shards(mesh), part
+        )
+        spec = setup.step_spec(settled.config, model, cached=packer.cached, shards=row_shards(mesh))
         packer.use_shapes(going_on.shapes_of(saved, going_on.packing_of(packer)))
         packer.foresee(sizes, (2 + config.loss.negatives) * config.batch_size)
         skipped = SkippedSteps(
@@ -169,6 +183,7 @@ def train(config: Config, peers: Any = None) -> int:
                 **identity,
                 "step": step,
                 "skipped_steps": skipped.count,
+                "settled": settled.record,
                 "packing": going_on.packed_so_far(packer, packed),
             }
 
@@ -197,7 +212,7 @@ def train(config: Config, peers: Any = None) -> int:
             best = Best(output, record, done, is_main=peers.is_main, report=warn, peers=peers)
             validation = Validation(config, model, processor, trainer, spec.compute, best)
 
-        # 6. The loop.
+        # 7. The loop.
         with (
             jax.set_mesh(mesh),
             data_lib.batches(config, data, processor, packer, done, peers, report=warn) as batches,
@@ -210,14 +225,15 @@ def train(config: Config, peers: Any = None) -> int:
                 is_main=peers.is_main,
             ) as metrics,
         ):
-            for message in (*config_check.remarks(config), *model.remarks, *data.remarks):
+            choice = [settled.words] if settled.words else []
+            for message in (*choice, *config_check.remarks(config), *model.remarks, *data.remarks):
                 metrics.message(message)
             if validation is not None:
                 metrics.message(f"evaluation {validation.words()}")
             loop = Loop(
                 trainer=trainer,
                 step_fn=step_fn,
-                key=jax.random.key(config.seed),
+                key=trainer.key(config.seed),
                 batches=batches,
                 make_batch=functools.partial(setup.train_batch, options=spec.loss),
                 checkpoints=checkpoints,

@@ -175,6 +175,11 @@ class BatchPacker:
         self.use_shapes(shapes)
         self._lock = threading.Lock()
 
+    @property
+    def shapes(self) -> tuple[ChunkShape, ...]:
+        """Of all groups that the run has had so far."""
+        return tuple(self._shapes.values())
+
     def use_shapes(self, shapes: Iterable[ChunkShape]) -> None:
         """Take over the shapes of an earlier part of the run; before anything is packed."""
         self._shapes = {shape.row: shape for shape in shapes}

@@ -18,13 +18,11 @@ from vlm2vec_jax.models.loading import Model, abstract_model
 from vlm2vec_jax.packing import ChunkShape
 from vlm2vec_jax.parallel import hlo
 from vlm2vec_jax.parallel.mesh import describe, row_shards
-from vlm2vec_jax.training import aot, setup
+from vlm2vec_jax.training import aot, fitting, setup
 from vlm2vec_jax.training.assumed import Mix
-from vlm2vec_jax.training.batching import BatchPacker, Size, choose_rows
+from vlm2vec_jax.training.batching import BatchPacker, Size
 from vlm2vec_jax.training.chunk_search import Trial, largest, search
-
-_USABLE = 0.95
-"""Share of a chip's memory that a program may plan with; the rest is the runtime's."""
+from vlm2vec_jax.training.step import StepSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +62,8 @@ def sample(config: Config, model: Model, mix: Mix) -> list[Size]:
 
 def shapes(config: Config, model: Model, sizes: list[Size], shards: int) -> Shapes:
     """Pack a batch of these sizes as `train` would."""
-    rows = choose_rows(
-        sizes,
-        longest=model.backbone.max_tokens(model.config),
-        row_tokens=config.packing.row_tokens,
-        crowding=model.backbone.price(model.config).crowding,
-    )
-    chunk_tokens = shards * (config.packing.chunk_tokens or setup.ACCELERATOR_CHUNK_TOKENS)
+    rows = setup.rows_of(config, model, sizes)
+    chunk_tokens = shards * (config.packing.chunk_tokens or fitting.MOST_CHUNK)
     fits = sum(tokens for tokens, _ in sizes) <= 0.9 * chunk_tokens
     plain = config.grad_cache == "off" or (config.grad_cache == "auto" and fits)
     packer = BatchPacker(
@@ -125,14 +118,34 @@ def check(
     """
     model = abstract_model(folder or config.model.path)
     sizes = sample(config, model, Mix())
-    packed = shapes(config, model, sizes, row_shards(mesh))
     layout = model.backbone.visual_layout(model.config)
     trainer = aot.abstract_trainer(config, mesh, model.folder)
-    spec = setup.step_spec(config, model, cached=packed.cached, shards=row_shards(mesh), memory=hbm)
+    shards = row_shards(mesh)
+    known: dict[Any, dict[str, Any]] = {}
 
-    def program(packed: Shapes) -> dict[str, Any]:
+    def program(config: Config) -> tuple[Shapes, StepSpec, dict[str, Any]]:
+        """The step of a configuration whose choices are made, compiled once."""
+        packed = shapes(config, model, sizes, shards)
+        spec = setup.step_spec(config, model, cached=packed.cached, shards=shards, memory=hbm)
         batch = aot.abstract_batch(packed.chunks, config.batch_size, layout, mesh, spec.loss)
-        return _compiled(lambda how: aot.compile_step(trainer, spec, batch, how), mesh, hbm)
+        # Chunks are made of whole rows, so that two sizes may be one program.
+        if (packed.chunks, spec) not in known:
+            known[packed.chunks, spec] = _compiled(
+                lambda how: aot.compile_step(trainer, spec, batch, how), mesh, hbm
+            )
+        return packed, spec, known[packed.chunks, spec]
+
+    # As a run chooses; there the sizes are of its data, and a group has room for rare ones.
+    fitted = fitting.fit(
+        config,
+        model,
+        trainer,
+        setup.rows_of(config, model, sizes),
+        memory=hbm,
+        compiled=lambda config: program(config)[2]["peak_bytes_per_chip"],
+    )
+    config = fitted.config
+    packed, spec, found = program(config)
 
     trained, frozen = trainer.sizes()
     report = {
@@ -141,6 +154,9 @@ def check(
         "batch_size": config.batch_size,
         "grad_cache": packed.cached,
         "chunk_tokens": packed.chunk_tokens,
+        "chosen": fitted.words,
+        "remat": spec.compute.remat,
+        "remat_vision": spec.compute.vision.remat,
         "groups": [
             {"chunks": c.chunks, "rows": c.rows, **dataclasses.asdict(c.row)} for c in packed.chunks
         ],
@@ -153,11 +169,11 @@ def check(
         "sharding": trainer.table(),
         "hbm_bytes_per_chip": hbm,
     }
-    report |= program(packed)
-    report["largest_chunk_tokens"] = largest_chunk(report, row_shards(mesh))
+    report |= found
+    report["largest_chunk_tokens"] = largest_chunk(report, shards)
     report["searched"] = search_chunk and packed.cached
     if report["searched"]:
-        report |= _searched(config, model, sizes, report, row_shards(mesh), program)
+        report |= _searched(config, report, shards, lambda config: program(config)[2])
     # The group whose rows are longest needs most; all embed with the same weights.
     longest = max(packed.chunks, key=lambda shape: (shape.row.units > 0, shape.row.tokens))
     group = aot.abstract_group(longest._replace(chunks=1), layout, mesh)
@@ -171,28 +187,21 @@ def check(
 
 def _searched(
     config: Config,
-    model: Model,
-    sizes: list[Size],
     report: dict[str, Any],
     shards: int,
-    program: Callable[[Shapes], dict[str, Any]],
+    program: Callable[[Config], dict[str, Any]],
 ) -> dict[str, Any]:
     """What `search_chunk` adds to a report: the largest chunk and what was compiled for it."""
     compiled = []
-    known: dict[tuple[ChunkShape, ...], dict[str, Any]] = {}
 
     def measure(chunk_tokens: int) -> int:
         packing = dataclasses.replace(config.packing, chunk_tokens=chunk_tokens)
         # A batch that fits into one chunk is a program of chunks here, too.
-        other = dataclasses.replace(config, packing=packing, grad_cache="on")
-        packed = shapes(other, model, sizes, shards)
-        # Chunks are made of whole rows, so that two sizes may be one program.
-        found = known.get(packed.chunks) or program(packed)
-        known[packed.chunks] = found
+        found = program(dataclasses.replace(config, packing=packing, grad_cache="on"))
         compiled.append({"chunk_tokens": chunk_tokens, **found})
         return found["peak_bytes_per_chip"]
 
-    limit = int(_USABLE * report["hbm_bytes_per_chip"])
+    limit = int(fitting.USABLE * report["hbm_bytes_per_chip"])
     first = Trial(report["chunk_tokens"] // shards, report["peak_bytes_per_chip"])
     whole = max(g["chunks"] * g["rows"] * g["tokens"] for g in report["groups"]) // shards
     row = max(g["tokens"] for g in report["groups"])
@@ -228,24 +237,29 @@ def largest_chunk(report: dict[str, Any], shards: int) -> int | None:
     if memory is None or not report["grad_cache"]:
         return None
     rows = max(g["rows"] // shards * g["tokens"] for g in report["groups"])
-    free = _USABLE * report["hbm_bytes_per_chip"] - memory["arguments"] - memory["results"]
+    free = fitting.USABLE * report["hbm_bytes_per_chip"] - memory["arguments"] - memory["results"]
     most = int(rows * free / max(memory["temporaries"], 1))
     return max(most // 128 * 128, 0)
 
 
-def measure(compiled: Any, text: str, hbm: int) -> dict[str, Any]:
-    """Memory and collectives of a compiled program, the latter from its text."""
+def memory_parts(compiled: Any) -> dict[str, int]:
+    """Bytes of a chip that a compiled program needs, by what for."""
     memory = compiled.memory_analysis()
-    parts = {
+    return {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
     }
+
+
+def measure(compiled: Any, text: str, hbm: int) -> dict[str, Any]:
+    """Memory and collectives of a compiled program, the latter from its text."""
+    parts = memory_parts(compiled)
     peak = int(sum(parts.values()))
     found = hlo.collectives(text)
     heaviest = sorted(found, key=lambda op: -op.bytes)[:5]
     return {
-        "fits": peak <= _USABLE * hbm,
+        "fits": peak <= fitting.USABLE * hbm,
         "peak_bytes_per_chip": peak,
         "memory": parts,
         "collectives": hlo.by_kind(found),
@@ -287,6 +301,12 @@ def words(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
         for g in report["groups"]
     ]
+    kept = report["remat"]
+    if report["remat_vision"] != kept:
+        kept += f", in the vision tower {report['remat_vision']}"
+    lines.append(("remat", kept))
+    if report["chosen"]:
+        lines.append(("chosen", report["chosen"]))
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in report.get("memory", {}).items())
     lines.append(
         (
@@ -332,6 +352,6 @@ def verdict(report: dict[str, Any]) -> str:
     if report["fits"]:
         return f"it fits: {share:.0%} of a chip's memory"
     return (
-        f"it does not fit: {share:.0%} of a chip's memory ({_USABLE:.0%} can be used). Lower "
-        f"packing.chunk_tokens, raise mesh.fsdp, or set remat=full"
+        f"it does not fit: {share:.0%} of a chip's memory ({fitting.USABLE:.0%} can be used). "
+        f"Lower packing.chunk_tokens, raise mesh.fsdp, or set remat=full"
     )

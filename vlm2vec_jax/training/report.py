@@ -6,8 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +13,7 @@ from rich.table import Table
 from vlm2vec_jax.config import Config
 from vlm2vec_jax.models.loading import Model, flatten
 from vlm2vec_jax.parallel.mesh import describe, row_shards
-from vlm2vec_jax.parallel.sharding import bytes_per_chip
+from vlm2vec_jax.training import fitting
 from vlm2vec_jax.training.batching import BatchPacker
 from vlm2vec_jax.training.state import Trainer
 from vlm2vec_jax.training.step import StepSpec
@@ -31,6 +29,11 @@ def warn(message: str, origin: str = "") -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def note(message: str) -> None:
+    """Print a sentence about what is going on."""
+    _CONSOLE.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def start(
@@ -114,28 +117,14 @@ def _batch(config: Config, mesh: Mesh, packer: BatchPacker) -> str:
 def _memory(
     model: Model, trainer: Trainer, packer: BatchPacker, spec: StepSpec, config: Config, mesh: Mesh
 ) -> str:
-    def held(tree) -> int:
-        leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
-        return sum(bytes_per_chip(leaf, leaf.sharding) for leaf in leaves)
-
-    params, moments = held(trainer.state.params), held(trainer.state.opt)
-    frozen = held(trainer.frozen)
-    per_token, per_unit = model.backbone.activation_bytes(
-        model.config,
-        spec.compute.remat,
-        spec.compute.vision.remat,
-        np.dtype(config.model.dtype).itemsize,
-    )
     rows = packer.rows
     tokens = min(packer.chunk_tokens, 1 << 24) / row_shards(mesh)
     if not packer.cached:
         tokens = 2 * config.batch_size * rows.mean_tokens / row_shards(mesh)
-    units = tokens * rows.units / rows.visual
-    acts = tokens * per_token + units * per_unit
+    way = fitting.Way(packer.cached, spec.compute.remat, spec.compute.vision.remat)
+    acts = fitting.activations(config, model, way, rows, tokens)
     parts = {
-        "weights": params + frozen,
-        "optimizer": moments,
-        "gradients": params,
+        **fitting.held(trainer),
         "activations of a chunk (estimated)": acts,
     }
     told = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())

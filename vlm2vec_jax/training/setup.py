@@ -19,6 +19,7 @@ from vlm2vec_jax import config as config_lib
 from vlm2vec_jax.config import Config
 from vlm2vec_jax.data.pipeline import BatchStats
 from vlm2vec_jax.errors import UserError, raise_problems
+from vlm2vec_jax.inputs import VisualLayout
 from vlm2vec_jax.losses import LossOptions, choose_form
 from vlm2vec_jax.models.base import Backbone, Processor
 from vlm2vec_jax.models.folders import ModelSource, local_folder
@@ -36,12 +37,6 @@ from vlm2vec_jax.training.temperature import TemperatureRule
 from vlm2vec_jax.training.trackers import Tracker, open_trackers
 from vlm2vec_jax.weights.adapter_config import AdapterConfig, peft_config, resolve
 from vlm2vec_jax.weights.adapters import Adapter, load_adapter
-
-CHUNK_TOKENS = {"cpu": 4096}
-"""Tokens that a device embeds at a time, by platform."""
-
-ACCELERATOR_CHUNK_TOKENS = 16384
-"""The same where `CHUNK_TOKENS` says nothing."""
 
 
 def load(config: Config, mesh: Mesh) -> tuple[Model, Processor, AdapterConfig | None]:
@@ -160,42 +155,38 @@ def record_of(
     }
 
 
-def choose_packing(
-    config: Config, sizes: Sequence[Size], model: Model, shards: int
-) -> tuple[RowSizes, bool]:
-    """Row lengths, and whether a whole batch fits in one chunk, from a sample of the data."""
-    rows = choose_rows(
+def rows_of(config: Config, model: Model, sizes: Sequence[Size]) -> RowSizes:
+    """Row lengths for inputs of these sizes."""
+    return choose_rows(
         sizes,
         longest=model.backbone.max_tokens(model.config),
         row_tokens=config.packing.row_tokens,
         crowding=model.backbone.price(model.config).crowding,
     )
-    inputs = (2 + config.loss.negatives) * config.batch_size
-    tokens = inputs * float(np.mean([t for t, _ in sizes]))
-    fits = tokens <= 0.9 * chunk_tokens(config) * shards
-    return rows, config.grad_cache == "off" or (config.grad_cache == "auto" and fits)
-
-
-def chunk_tokens(config: Config) -> int:
-    """Tokens that one device embeds at a time."""
-    platform = jax.devices()[0].platform
-    return config.packing.chunk_tokens or CHUNK_TOKENS.get(platform, ACCELERATOR_CHUNK_TOKENS)
 
 
 def packer(
     config: Config,
     rows: RowSizes,
-    plain: bool,
-    processor: Processor,
     model: Model,
+    layout: VisualLayout,
     shards: int,
     part: tuple[int, int] = (0, 1),
 ) -> BatchPacker:
-    """What packs every batch of the run; `part` is the block of rows that this process holds."""
+    """What packs every batch of the run.
+
+    Args:
+      config: settled (`fitting`).
+      rows: row lengths.
+      model: loaded or abstract.
+      layout: of the visual feature table.
+      shards: devices that share the rows of a batch.
+      part: the block of rows that this process holds.
+    """
     return BatchPacker(
         rows,
-        processor.visual_layout,
-        chunk_tokens=None if plain else chunk_tokens(config) * shards,
+        layout,
+        chunk_tokens=None if config.grad_cache == "off" else config.packing.chunk_tokens * shards,
         row_multiple=shards,
         negatives=config.loss.negatives,
         part=part,
@@ -277,7 +268,9 @@ def device_memory() -> int:
 def compute(config: Config) -> Compute:
     """How the model computes."""
     vision = None if config.remat_vision == "same" else config.remat_vision
-    return Compute(config.model.dtype, config.attention, config.remat, vision)  # type: ignore[arg-type]
+    # The most frugal where nobody has settled it (`fitting`).
+    remat = "full" if config.remat == "auto" else config.remat
+    return Compute(config.model.dtype, config.attention, remat, vision)  # type: ignore[arg-type]
 
 
 def optimizer(config: Config) -> AdamW:

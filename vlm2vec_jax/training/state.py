@@ -77,6 +77,11 @@ class Trainer:
             out_shardings=(placed, NamedSharding(self.mesh, PartitionSpec())),
         )
 
+    def key(self, seed: int) -> jax.Array:
+        """The base key of a run, whole on every device."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(jax.random.key, out_shardings=whole)(seed)
+
     def put(self, batch: TrainBatch) -> TrainBatch:
         """Send a host batch to the mesh: rows over `data` and `fsdp`, the rest whole.
 

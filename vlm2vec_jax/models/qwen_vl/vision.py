@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from vlm2vec_jax.models.qwen_vl.config import ImageConfig, QwenVLConfig, VisionConfig
 from vlm2vec_jax.models.qwen_vl.geometry import pixel_table
-from vlm2vec_jax.models.shared.decoder_config import layer_values
+from vlm2vec_jax.models.shared.decoder_config import stack_values
 from vlm2vec_jax.nn.attention import Visibility, attend, attend_near
 from vlm2vec_jax.nn.compute import Compute, layer_at, scan_layers
 from vlm2vec_jax.nn.linear import Linear
@@ -358,10 +358,11 @@ def normalise(patches: jax.Array, images: ImageConfig) -> jax.Array:
 
 
 def values(config: VisionConfig, remat: str) -> float:
-    """Values of a unit that all layers keep, see `shared.decoder_config.layer_values`."""
+    """Values of a unit that all layers keep, see `shared.decoder_config.stack_values`."""
     w, f = config.width, config.mlp_size
     gates = 2 if config.mlp == "swiglu" else 1
-    layer = layer_values(
+    kept = stack_values(
+        config.depth,
         remat,
         width=w,
         attended=w,
@@ -369,7 +370,7 @@ def values(config: VisionConfig, remat: str) -> float:
         # Two norms, the stream between attention and MLP, rotated q and k, what the gate makes.
         elementwise=5 * w + 2 * f,
     )
-    return config.depth * config.patches_per_unit * layer
+    return config.patches_per_unit * kept
 
 
 def flops(config: VisionConfig, units: int) -> float:

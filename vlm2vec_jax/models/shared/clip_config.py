@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vlm2vec_jax.models.shared.decoder_config import layer_values
+from vlm2vec_jax.models.shared.decoder_config import stack_values
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """CLIP's mean of each channel, of values in [0, 1]."""
@@ -66,11 +66,13 @@ def read_clip(problems: list[str], vision: dict[str, Any]) -> ClipConfig:
 
 
 def clip_values(clip: ClipConfig, layers: int, remat: str) -> float:
-    """Values of a crop that so many layers keep, see `decoder_config.layer_values`."""
+    """Values of a crop that so many layers keep, see `decoder_config.stack_values`."""
     c, f = clip.hidden_size, clip.intermediate_size
     # Two norms, the stream between attention and MLP, sigmoid and gelu.
-    layer = layer_values(remat, width=c, attended=c, products=5 * c + f, elementwise=3 * c + 2 * f)
-    return layers * (clip.patches_per_side**2 + 1) * layer
+    values = stack_values(
+        layers, remat, width=c, attended=c, products=5 * c + f, elementwise=3 * c + 2 * f
+    )
+    return (clip.patches_per_side**2 + 1) * values
 
 
 def clip_flops(clip: ClipConfig, layers: int) -> float:

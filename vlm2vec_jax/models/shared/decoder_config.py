@@ -52,14 +52,16 @@ class DecoderConfig:
         return [(name, span) for name, span in stacks if span[0] < span[1]]
 
 
-def layer_values(
-    remat: str, *, width: int, attended: int, products: int, elementwise: int
+def stack_values(
+    layers: int, remat: str, *, width: int, attended: int, products: int, elementwise: int
 ) -> float:
-    """Values of a token that one layer keeps on the device for its backward pass.
+    """Values of a token that a stack of layers keeps on the device for its backward pass.
 
-    What attention keeps for each pair of tokens is not counted (none, with a flash kernel).
+    A layer that is recomputed has all of its values while its own backward pass runs. What
+    attention keeps for each pair of tokens is not counted (none, with a flash kernel).
 
     Args:
+      layers: how many.
       remat: see `nn.compute.Compute`.
       width: of the residual stream.
       attended: of the attention's output.
@@ -72,14 +74,15 @@ def layer_values(
         "dots": width + attended + products,
         "none": width + attended + products + elementwise,
     }
-    return kept[remat]
+    return layers * kept[remat] + (kept["none"] if remat != "none" else 0)
 
 
 def decoder_values(config: DecoderConfig, remat: str) -> float:
-    """Values of a token that all layers keep, see `layer_values`."""
+    """Values of a token that all layers keep, and one while it is recomputed: `layer_values`."""
     d, f = config.hidden_size, config.mlp_size
     heads, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    layer = layer_values(
+    return stack_values(
+        config.num_layers,
         remat,
         width=d,
         attended=heads,
@@ -87,7 +90,6 @@ def decoder_values(config: DecoderConfig, remat: str) -> float:
         # Two norms, the stream between attention and MLP, rotated q and k, silu and its product.
         elementwise=3 * d + heads + kv + 2 * f,
     )
-    return config.num_layers * layer
 
 
 def decoder_flops(config: DecoderConfig, tokens: int) -> float:
