@@ -11,6 +11,7 @@ devices that say how much memory they have, its memory analysis decides (`settli
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,8 +31,10 @@ LEAST_CHUNK = 2048
 """Tokens of a device below which a chunk hardly keeps a chip busy, and gathering weights for it
 under fsdp takes longer than computing."""
 MOST_CHUNK = 16384
-"""Tokens of a device beyond which a larger chunk is no faster, and its last one more often half
-empty."""
+"""Tokens of a device beyond which a chunk is certainly not faster."""
+PER_CHUNK = 100
+"""What a chunk costs besides its tokens, in tokens: reading the weights once (8.3 GB at 2.8 TB/s in
+a v5p take 3 ms, in which it computes 95 tokens at half its peak)."""
 OVER = 1.4
 """What a compiled step keeps over the values that are counted: inputs that adapters dropped, masks,
 a gradient's own buffers (75.6 GB for 53.6 in LoRA on a v5p, 6,656 tokens and 40 crops a chip)."""
@@ -143,6 +146,7 @@ def fit(
         return Fit(_settled(config, found[0], given), "")
     row = max(rows.text, rows.visual)
     least = max(min(LEAST_CHUNK, whole), row)
+    most = max(largest_chunk(whole) // row * row, row)
     limit, fixed = int(USABLE * memory), sum(held(trainer).values())
     tried: list[str] = []
     # What a compiled step kept over its estimate: the next one is taken to be no better.
@@ -153,7 +157,7 @@ def fit(
             room = int(max(limit - fixed, 0) / max(factor * slope, 1e-9))
             tokens = given if way.cached else whole
             if way.cached and not given:
-                tokens = min(room, whole, MOST_CHUNK) // row * row
+                tokens = min(room // row * row, most)
             if tokens > room or tokens < (least if way.cached and not given else 0):
                 break  # by what is known so far: the next way
             fitted = _settled(config, way, tokens)
@@ -168,6 +172,16 @@ def fit(
     tokens = given or least
     told = f"{_told(found[-1], tokens, memory, tried)}; nothing seems to fit, this needs least"
     return Fit(_settled(config, found[-1], tokens), told)
+
+
+def largest_chunk(whole: int) -> int:
+    """Tokens of a chunk beyond which a step of so many tokens would be slower.
+
+    Each chunk reads the weights, and on average half of the last one is empty: t / 2 + whole / t x
+    `PER_CHUNK` tokens are lost with chunks of t, least at the square root of 2 x whole x that.
+    """
+    best = math.isqrt(2 * PER_CHUNK * whole)
+    return min(max(best, LEAST_CHUNK), MOST_CHUNK, whole)
 
 
 def taken_up(config: Config, chosen: dict[str, Any]) -> Fit | None:
