@@ -217,7 +217,7 @@ class Bed:
         assert geometry is not None and (geometry.rows, geometry.columns) == (rows, columns)
         info = crop_info(geometry)
         crops = rng.integers(0, 256, (len(info), side, side, 3), np.uint8)
-        crops[0] = 0
+        crops[: geometry.views] = 0
         index = image_feature_index(rows, columns, self.config.merged_side, "sub_glb")
         words = self.text(rng, question)
         tokens = np.concatenate([np.ones(1), np.zeros(len(index)), words.tokens]).astype(np.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference's image path, written in numpy and Pillow: the baseline of two benchmarks.
+"""The reference's image path, written in numpy and Pillow: the baseline of three benchmarks.
 
 What the image processor of microsoft/Phi-3.5-vision-instruct does to an image, step by step and
 with the same copies, but none of its code: scale and pad, all pixels to normalised float32, the
@@ -28,7 +28,7 @@ class Processed:
     """An image as the reference hands it to its model.
 
     Attributes:
-      pixels: f32 [num_crops + 1, 3, 336, 336], the global view first, zeros behind the last crop.
+      pixels: f32 [num_crops + 1, 3, crop, crop], the global view first, zeros behind the last crop.
       count: crops that are real, the global view included.
       tokens: image tokens.
     """
@@ -38,9 +38,9 @@ class Processed:
     tokens: int
 
 
-def process(image: Image.Image, num_crops: int) -> Processed:
-    """The reference's whole path for an RGB image."""
-    geometry = hd_geometry(*image.size, num_crops, CROP)
+def process(image: Image.Image, num_crops: int, crop: int = CROP) -> Processed:
+    """The reference's whole path for an RGB image; `crop` is 336 there."""
+    geometry = hd_geometry(*image.size, num_crops, crop)
     assert geometry is not None
     scaled = _scaled_and_padded(image, geometry)
     pixels = np.asarray(scaled).transpose(2, 0, 1).astype(np.float32)  # ToTensor
@@ -48,13 +48,13 @@ def process(image: Image.Image, num_crops: int) -> Processed:
     pixels -= _MEAN
     pixels /= _STD
     rows, columns = geometry.rows, geometry.columns
-    view = bicubic(pixels, CROP)
-    crops = pixels.reshape(3, rows, CROP, columns, CROP).transpose(1, 3, 0, 2, 4)
-    crops = np.ascontiguousarray(crops).reshape(rows * columns, 3, CROP, CROP)
+    view = bicubic(pixels, crop)
+    crops = pixels.reshape(3, rows, crop, columns, crop).transpose(1, 3, 0, 2, 4)
+    crops = np.ascontiguousarray(crops).reshape(rows * columns, 3, crop, crop)
     joined = np.concatenate([view[None], crops])
-    padding = np.zeros((num_crops + 1 - len(joined), 3, CROP, CROP), np.float32)
+    padding = np.zeros((num_crops + 1 - len(joined), 3, crop, crop), np.float32)
     padded = np.concatenate([joined, padding]) if len(padding) else joined
-    return Processed(padded, len(joined), geometry.tokens(CROP // 28))
+    return Processed(padded, len(joined), geometry.tokens(crop // 28))
 
 
 def _scaled_and_padded(image: Image.Image, geometry: HDGeometry) -> Image.Image:
@@ -62,7 +62,7 @@ def _scaled_and_padded(image: Image.Image, geometry: HDGeometry) -> Image.Image:
         image = image.transpose(Image.Transpose.TRANSPOSE)
     image = image.resize(geometry.scaled, Image.Resampling.BILINEAR)
     width, height = image.size
-    target = -(-height // CROP) * CROP
+    target = -(-height // geometry.crop) * geometry.crop
     canvas = Image.new("RGB", (width, target), (255, 255, 255))
     canvas.paste(image, (0, (target - height) // 2))
     return canvas.transpose(Image.Transpose.TRANSPOSE) if geometry.transposed else canvas

@@ -32,7 +32,8 @@ def golden_batch(config, golden: dict[str, np.ndarray], rows=None) -> PackedBatc
         crops: list[list[np.ndarray]] = [[] for _ in range(count)]
         for image, row in enumerate(golden["image_row"]):
             h, w = golden["image_sizes"][image] // config.crop_size
-            index = image_feature_index(int(h), int(w), config.merged_side, config.hd_order)
+            side, order = config.merged_side, config.hd_order
+            index = image_feature_index(int(h), int(w), side, order, views=1)
             shift = used[row] * config.tokens_per_crop
             features[row].append(np.where(index >= 2, index + shift, index))
             crops[row] += [pixels.pop(0) for _ in range(golden["crops_used"][image])]

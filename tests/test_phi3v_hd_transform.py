@@ -18,6 +18,7 @@ from vlm2vec_jax.models.phi3v.hd_transform import (
     SEPARATOR,
     assemble_image,
     bicubic_matrix,
+    crop_info,
     cut_crops,
     global_view_numpy,
     hd_geometry,
@@ -77,13 +78,15 @@ def test_crops_are_the_reference_s(goldens, tokenizer, image_meta, num_crops):
         assert image.shape[:2] == tuple(result["image_size_hw"]), name
         digest = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
         assert digest == result["hd_uint8_sha256"], name
-        assert encoded.units == len(crops) == result["crops_used_incl_global"]
+        # The reference's global view of a single crop is that crop once more.
+        used = result["crops_used_incl_global"]
+        assert encoded.units == len(crops) == (used if used > 2 else 1)
         assert np.count_nonzero(encoded.feature_index >= 0) == result["num_img_tokens"]
         assert processor.length(item) == (len(encoded), encoded.units)
 
         golden = {part: processed[f"{name}__nc{num_crops}__{part}"] for part in ("sub", "mean")}
         golden["sub"] = golden["sub"].transpose(0, 2, 3, 1)
-        local = normalise(crops[1:, 5::16, 3::16])
+        local = normalise(crops[1 - used :, 5::16, 3::16])
         np.testing.assert_allclose(local, golden["sub"][1:], atol=2e-6, rtol=0)
         whole = global_view_numpy(crops, info)
         np.testing.assert_allclose(whole[5::16, 3::16], golden["sub"][0], atol=2e-5, rtol=0)
@@ -100,7 +103,7 @@ def test_complete_pixels(goldens, tokenizer, name):
     crops, info = visual["crops"], visual["crop_info"]
     np.testing.assert_array_equal(assemble_image(crops, info), golden["hd_uint8"])
     expected = golden["pixel_values"][0].transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(normalise(crops[1:]), expected[1:], atol=2e-6, rtol=0)
+    np.testing.assert_allclose(normalise(crops), expected[1:], atol=2e-6, rtol=0)
     np.testing.assert_allclose(global_view_numpy(crops, info), expected[0], atol=2e-5, rtol=0)
 
 
@@ -169,8 +172,11 @@ def test_bicubic_matrix_values():
 def test_the_global_view_of_one_crop_is_the_crop(tokenizer):
     geometry = hd_geometry(336, 336, 1, 336)
     crops = cut_crops(picture(336, 336), geometry)
-    info = np.array([[0, 0, 0, 0, 0], [1, 0, 1, 0, 1]], np.int32)
-    np.testing.assert_array_equal(global_view_numpy(crops, info), normalise(crops[1]))
+    info = crop_info(geometry)
+    assert (len(crops), info.tolist()) == (1, [[1, 0, 1, 0, 0]])
+    np.testing.assert_array_equal(global_view_numpy(crops, info), normalise(crops[0]))
+    grid = [2, 3, NEWLINE, 4, 5, NEWLINE]
+    assert image_feature_index(1, 1, 2, "sub_glb").tolist() == [*grid, SEPARATOR, *grid]
 
 
 # ---- The feature index and the geometry.

@@ -201,7 +201,7 @@ def _values(folder):
     module = fill(model.module, values)
     groups = []
     slot = 0
-    for shape in (ChunkShape(RowShape(24, 0, 2), 8, 2), ChunkShape(RowShape(24, 2, 1), 8, 2)):
+    for shape in (ChunkShape(RowShape(24, 0, 2), 8, 2), ChunkShape(RowShape(24, 3, 1), 8, 2)):
         lead = (shape.chunks, shape.rows)
         count = shape.chunks * shape.rows * shape.row.sequences
         layout = model.backbone.visual_layout(model.config)
@@ -223,7 +223,7 @@ def _values(folder):
         slot += count
         if shape.row.units:
             batch.visual["crops"][:] = rng.integers(0, 255, batch.visual["crops"].shape)
-            batch.visual["crop_info"][..., 1, :] = (1, 0, 1, 0, 1)
+            batch.visual["crop_info"][..., 1:, :] = [(1, 0, 2, 0, 1), (1, 0, 2, 1, 2)]
             batch.feature_index[..., 2:5] = (2, 3, 0)
         groups.append(type(group)(batch, np.int32(shape.chunks)))
     return module, TrainBatch(tuple(groups), np.arange(slot // 2, dtype=np.int32))

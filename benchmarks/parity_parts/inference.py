@@ -73,7 +73,7 @@ def pixels() -> Iterator[Row]:
             wrong += hashlib.sha256(whole.tobytes()).hexdigest() != result["hd_uint8_sha256"]
             golden = processed[f"{name}__nc{num_crops}__sub"].transpose(0, 2, 3, 1)
             made = np.asarray(with_global_views(crops[None], info[None]))[0]
-            largest.see("local", made[1:, 5::16, 3::16], golden[1:])
+            largest.see("local", made[1 - len(golden) :, 5::16, 3::16], golden[1:])
             largest.see("global", made[0, 5::16, 3::16], golden[0])
     where = "image_processing"
     yield Row("crops before normalisation", where, wrong, 0, f"images of {count} that differ")

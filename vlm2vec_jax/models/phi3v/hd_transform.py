@@ -4,7 +4,8 @@
 Behaviour: the `HD_transform` and `padding_336` functions of microsoft/Phi-3.5-vision-instruct's
 image processor, with the crop size a parameter. The host sends 8-bit crops, equal bit by bit to
 the reference's before normalisation; it neither normalises nor makes the global view, which the
-device does. The float functions at the end of this file say in numpy what the device must
+device does. An image of a single crop is its own global view (a resize to the same size changes
+nothing), so it is one unit, which CLIP sees once. The float functions at the end of this file say in numpy what the device must
 compute; they are the tests' oracle and no part of the road.
 """
 
@@ -47,8 +48,13 @@ class HDGeometry:
 
     @property
     def units(self) -> int:
-        """Visual units: the global view and every local crop."""
-        return 1 + self.rows * self.columns
+        """Visual units: the global view, where it is not the only crop itself, and every crop."""
+        return self.views + self.rows * self.columns
+
+    @property
+    def views(self) -> int:
+        """Units in front of the local crops: 1, or 0 for an image of a single crop."""
+        return _views(self.rows, self.columns)
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -57,7 +63,11 @@ class HDGeometry:
 
     def tokens(self, side: int) -> int:
         """Image tokens, when a crop has `side * side` of them after the 2x2 merge."""
-        return self.units * side * side + 1 + (self.rows + 1) * side
+        return (1 + self.rows * self.columns) * side * side + 1 + (self.rows + 1) * side
+
+
+def _views(rows: int, columns: int) -> int:
+    return int(rows * columns > 1)
 
 
 def hd_geometry(width: int, height: int, num_crops: int, crop: int) -> HDGeometry | None:
@@ -93,7 +103,7 @@ def cut_crops(image: Image.Image, geometry: HDGeometry) -> np.ndarray:
       geometry: from `hd_geometry`.
 
     Returns:
-      u8 [units, crop, crop, 3]: zeros where the global view belongs, then the crops row by row.
+      u8 [units, crop, crop, 3]: zeros where a global view belongs, then the crops row by row.
     """
     # Transposing before and after the resize is not the same bit by bit; this is the reference's
     # order, and Pillow's transpose is twenty times faster than a strided numpy copy.
@@ -114,9 +124,9 @@ def cut_crops(image: Image.Image, geometry: HDGeometry) -> np.ndarray:
         pixels = canvas
     rows, columns, crop = geometry.rows, geometry.columns, geometry.crop
     crops = np.empty((geometry.units, crop, crop, 3), np.uint8)
-    crops[0] = 0
+    crops[: geometry.views] = 0
     # A view of the crops in the image's order, so that one strided copy does the cutting.
-    tiles = crops[1:].reshape(rows, columns, crop, crop * 3).transpose(0, 2, 1, 3)
+    tiles = crops[geometry.views :].reshape(rows, columns, crop, crop * 3).transpose(0, 2, 1, 3)
     tiles[...] = pixels.reshape(rows, crop, columns, crop * 3)
     return crops
 
@@ -128,19 +138,21 @@ def crop_info(geometry: HDGeometry) -> np.ndarray:
       i32 [units, 5]: (rows, row, columns, column, back) of a local crop, where `back` is how many
       units before it its global view stands; zeros for the global view.
     """
-    rows, columns = geometry.rows, geometry.columns
+    rows, columns, views = geometry.rows, geometry.columns, geometry.views
     info = np.zeros((geometry.units, 5), np.int32)
     number = np.arange(rows * columns)
-    info[1:, 0] = rows
-    info[1:, 1] = number // columns
-    info[1:, 2] = columns
-    info[1:, 3] = number % columns
-    info[1:, 4] = number + 1
+    info[views:, 0] = rows
+    info[views:, 1] = number // columns
+    info[views:, 2] = columns
+    info[views:, 3] = number % columns
+    info[views:, 4] = number + views
     return info
 
 
 @functools.lru_cache(maxsize=256)
-def image_feature_index(rows: int, columns: int, side: int, order: str) -> np.ndarray:
+def image_feature_index(
+    rows: int, columns: int, side: int, order: str, views: int | None = None
+) -> np.ndarray:
     """Which row of the visual feature table stands at each of an image's tokens.
 
     The HD transform as an index: the local crops' cells as one large grid, each of its rows
@@ -152,13 +164,17 @@ def image_feature_index(rows: int, columns: int, side: int, order: str) -> np.nd
       columns: local crops from left to right.
       side: cells along a crop after the 2x2 merge.
       order: `sub_glb` or `glb_sub`.
+      views: units in front of the local crops, by default as `HDGeometry.views`. (The reference
+        has 1 always.)
 
     Returns:
       i32 [(rows * columns + 1) * side**2 + 1 + (rows + 1) * side], read-only, units counted from
-      the image's global view as 0: `SHARED_FEATURES + unit * side**2 + cell`.
+      the image's global view as 0: `SHARED_FEATURES + unit * side**2 + cell`. A single crop is
+      unit 0 both times.
     """
     cells = np.arange(side * side, dtype=np.int32).reshape(side, side) + SHARED_FEATURES
-    units = 1 + np.arange(rows * columns, dtype=np.int32).reshape(rows, 1, columns, 1)
+    units = np.arange(rows * columns, dtype=np.int32).reshape(rows, 1, columns, 1)
+    units = units + np.int32(_views(rows, columns) if views is None else views)
     local = units * (side * side) + cells[None, :, None, :]
     local = _close_rows(local.reshape(rows * side, columns * side))
     whole = _close_rows(cells)
@@ -210,15 +226,15 @@ def assemble_image(crops: np.ndarray, info: np.ndarray) -> np.ndarray:
     """Put one image's local crops together again.
 
     Args:
-      crops: [units, crop, crop, 3], the first of them the global view (ignored).
+      crops: [units, crop, crop, 3]; a global view in front is ignored.
       info: its `crop_info`.
 
     Returns:
       [rows * crop, columns * crop, 3]: the scaled and padded image.
     """
-    rows, columns = int(info[1, 0]), int(info[1, 2])
+    rows, columns = int(info[-1, 0]), int(info[-1, 2])
     crop = crops.shape[1]
-    tiles = crops[1:].reshape(rows, columns, crop, crop, 3)
+    tiles = crops[len(crops) - rows * columns :].reshape(rows, columns, crop, crop, 3)
     return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * crop, columns * crop, 3)
 
 

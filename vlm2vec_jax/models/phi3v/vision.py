@@ -78,6 +78,8 @@ def with_global_views(crops: jax.Array, crop_info: jax.Array) -> jax.Array:
     mean, std = jnp.asarray(IMAGE_MEAN, jnp.float32), jnp.asarray(IMAGE_STD, jnp.float32)
     pixels = (crops.astype(jnp.float32) / 255.0 - mean) / std
     side, count = crops.shape[2], crops.shape[1]
+    if count < 3:  # a view and two crops are the least of an image that has a view of its own
+        return pixels
     down = bicubic_shares(crop_info[..., 0], crop_info[..., 1], side)
     across = bicubic_shares(crop_info[..., 2], crop_info[..., 3], side)
     shares = jnp.einsum("rcop,rcpqd->rcoqd", down, pixels, precision=_EXACT)
