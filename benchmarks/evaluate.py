@@ -8,7 +8,7 @@ is checked. The model is the demonstration's, untrained, with the demonstration'
 sets of data:
 
 * mini-MMEB, whole: 30 datasets with their own pictures, 300 candidates at most;
-* an MMEB-like one (`mmeb_like.py`): twelve datasets with lists of 1000 that share labels and
+* an MMEB-like one (`mmeb_like.py`): ten datasets with lists of 1000 that share labels and
   pictures.
 """
 
@@ -24,10 +24,9 @@ from benchmarks.common import How, Result, Row
 
 def measure(how: How) -> Result:
     """Write data and model, compare."""
+    from benchmarks.mmeb_like import write_mmeb_like
     from vlm2vec_jax.data.mini_mmeb import write_mini_mmeb
     from vlm2vec_jax.models.phi3v.mini import write_mini_model
-
-    from benchmarks.mmeb_like import write_mmeb_like
 
     rows, timings = [], {}
     with tempfile.TemporaryDirectory(prefix="bench_evaluate_") as name:

@@ -76,9 +76,11 @@ def test_predictions_agree_with_a_loop_over_rows(data, tmp_path):
 
 @pytest.mark.parametrize("at_once", [1, 512])
 def test_every_input_is_embedded_once_over_all_subsets(data, tmp_path, at_once):
-    # The same pictures and labels in a second subset, one of them by another spelling of its path.
+    # The same pictures and labels in a second subset, one of them by another spelling of its path,
+    # the others copies in a folder of its own, as MMEB has them.
     rows = labels()
-    rows[0]["qry_img_path"] = "img/../img/ImageNet-1K_0.png"
+    for n, one in enumerate(rows):
+        one["qry_img_path"] = f"{'own' if n else 'img/../img'}/ImageNet-1K_{n}.png"
     write_subset(data, "VOC2007", rows)
     encoder = FakeEncoder()
     found, said = evaluate(encoder, data, tmp_path / "out", inputs_at_once=at_once)

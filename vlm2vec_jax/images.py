@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 import threading
@@ -197,11 +198,26 @@ def image_size(source: ImageLike, *, exif: ExifMode = "ignore") -> tuple[int, in
         up in `load_image` only.
     """
     _check_exif(exif)
-    name = describe_image(source)
     if isinstance(source, Image.Image):
-        return _upright_size(source, name, exif)
-    with _open(source, name) as image:
+        return _upright_size(source, describe_image(source), exif)
+    path = os.fspath(source)
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return _size_of_file(path, exif)  # says what is wrong
+    return _known_size(path, exif, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _size_of_file(path: str | os.PathLike, exif: ExifMode) -> tuple[int, int]:
+    name = describe_image(path)
+    with _open(path, name) as image:
         return _upright_size(image, name, exif)
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _known_size(path: str, exif: ExifMode, *signature: int) -> tuple[int, int]:
+    """The size of a file as it was found; a look at the data and planning rows both ask for it."""
+    return _size_of_file(path, exif)
 
 
 def _check_exif(exif: str) -> None:

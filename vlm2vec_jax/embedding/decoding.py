@@ -21,8 +21,10 @@ from typing import Any, Protocol
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.inputs import EncodedInput, MultimodalInput
 
-_LENGTHS_AT_ONCE = 32
-"""Inputs measured in one call of a thread: a text takes less time than handing it over."""
+_AT_ONCE = 32
+"""Most inputs of one call of a thread: a text takes less time than handing it over."""
+_PARTS = 4
+"""Calls of a thread that images are dealt into, if there are enough, so that none waits for one."""
 
 
 class Reads(Protocol):
@@ -132,7 +134,8 @@ class Decoder:
 
     def __init__(self, processor: Reads, workers: Workers | None = None):
         self._processor, self._workers = processor, workers
-        self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
+        self._count = _cpus()
+        self._threads = concurrent.futures.ThreadPoolExecutor(self._count)
 
     def __enter__(self) -> Decoder:
         return self
@@ -148,9 +151,8 @@ class Decoder:
     def lengths(self, items: Sequence[MultimodalInput]) -> list[Any]:
         """(tokens, visual units) of every input, or the `UserError` in its place."""
         measure = attempt(self._processor.length)
-        parts = [items[i : i + _LENGTHS_AT_ONCE] for i in range(0, len(items), _LENGTHS_AT_ONCE)]
-        found = self._threads.map(lambda part: [measure(item) for item in part], parts)
-        return [size for part in found for size in part]
+        found = [self._each(measure, part) for part in _parts(items, _AT_ONCE)]
+        return [size for part in found for size in part.result()]
 
     def start(self, items: Sequence[MultimodalInput]) -> Callable[[], list[Any]]:
         """Begin to encode; calling the result waits for all and gives them in order.
@@ -159,27 +161,38 @@ class Decoder:
         """
         # Images in memory are decoded already, or belong to a file that this process has open.
         encode = attempt(self._processor.encode)
-        taken: list[Callable[[], Any]] = []
-        texts: list[MultimodalInput] = []
+        sent: list[Callable[[], Any]] = []
+        own: tuple[list[MultimodalInput], ...] = ([], [])
+        kinds = []
         for item in items:
-            if not item.images:
-                texts.append(item)
-            elif self._workers is None or not all(
-                isinstance(i, str | os.PathLike) for i in item.images
-            ):
-                taken.append(self._threads.submit(encode, item).result)
+            kind = int(bool(item.images))
+            if item.images and self._workers is not None and _in_files(item):
+                kind, workers, future = 2, self._workers, self._workers.submit(item)
+                sent.append(lambda workers=workers, future=future: workers.take(future))
             else:
-                workers, future = self._workers, self._workers.submit(item)
-                taken.append(lambda workers=workers, future=future: workers.take(future))
-        parts = [texts[i : i + _LENGTHS_AT_ONCE] for i in range(0, len(texts), _LENGTHS_AT_ONCE)]
-        futures = [self._threads.submit(lambda p=p: [encode(t) for t in p]) for p in parts]
+                own[kind].append(item)
+            kinds.append(kind)
+        few = max(min(len(own[1]) // (_PARTS * self._count), _AT_ONCE), 1)
+        futures = [
+            [self._each(encode, part) for part in _parts(own[kind], size)]
+            for kind, size in enumerate((_AT_ONCE, few))
+        ]
 
         def wait() -> list[Any]:
-            images = (take() for take in taken)
-            words = (encoded for future in futures for encoded in future.result())
-            return [next(images if item.images else words) for item in items]
+            found: list[Iterator[Any]] = [
+                (encoded for future in of_kind for encoded in future.result())
+                for of_kind in futures
+            ]
+            found.append(take() for take in sent)
+            return [next(found[kind]) for kind in kinds]
 
         return wait
+
+    def _each(
+        self, function: Callable[[Any], Any], part: Sequence[MultimodalInput]
+    ) -> concurrent.futures.Future[list[Any]]:
+        """Begin to apply a function to some inputs, one after the other in one thread."""
+        return self._threads.submit(lambda: [function(item) for item in part])
 
     def problems(self, items: Sequence[MultimodalInput]) -> dict[int, str]:
         """Encode everything, keep nothing, and tell what is wrong by number."""
@@ -188,6 +201,20 @@ class Decoder:
             self._processor.encode(item)
 
         return problems_among(self._threads.map(attempt(without_result), items))
+
+
+def _cpus() -> int:
+    """Processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _in_files(item: MultimodalInput) -> bool:
+    return all(isinstance(image, str | os.PathLike) for image in item.images)
+
+
+def _parts(items: Sequence[MultimodalInput], size: int) -> list[Sequence[MultimodalInput]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def attempt(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -103,22 +103,26 @@ def plan_subset(
         raise UserError(f"subset {source.subset} has no rows")
     keys, query_index, candidates = _number(source, roles)
     inputs = [source.input((key[0], key[1])) for key in keys]
-    identities, files = [], {}
+    paths, files = [], {}
     for key, item in zip(keys, inputs, strict=True):
-        paths = []
+        own = []
         for k, image in enumerate(item.images):
             if not isinstance(image, (str, os.PathLike)):
                 raise TypeError("an evaluation source names images by path")
-            path = Path(os.path.abspath(image))
-            paths.append(str(path))
+            own.append(Path(os.path.abspath(image)))
             # Named by what the row says, so that moving the folder changes nothing.
-            files[key[1] if len(item.images) == 1 else f"{key[1]} {k}"] = path
-        identities.append((key[0], tuple(paths), *key[2:]))
+            files[key[1] if len(item.images) == 1 else f"{key[1]} {k}"] = own[-1]
+        paths.append(own)
     embedded_from = {
         **made_with,
         "inputs": store.hash_rows(sorted(keys)),
         "images": store.hash_images(files, images),
     }
+    # By what is in them: every dataset has a folder of its own, and copies of the same pictures.
+    identities: list[Identity] = [
+        (key[0], tuple(images[path] for path in own), *key[2:])
+        for key, own in zip(keys, paths, strict=True)
+    ]
     made_from = scored_from(embedded_from, keys, query_index, candidates, settings or Settings())
     rows = Rows(source.subset, keys, query_index, candidates, embedded_from, made_from)
     return Plan(**vars(rows), source=source, inputs=inputs, identities=identities)
@@ -173,6 +177,7 @@ class Embedding:
         # How many pending subsets still want an input; only shared ones are held in memory.
         self.wanted = collections.Counter(i for plan in plans for i in set(plan.identities))
         self.held: dict[Identity, np.ndarray] = {}
+        self.files: dict[str, Any] = {}
         self.mine: set[Identity] | None = None
         if part is not None:
             everything = list(self.wanted)
@@ -204,7 +209,7 @@ class Embedding:
                 if self.mine is not None and identity not in self.mine:
                     continue
                 if not any(identity in known for known in (self.held, stored, fresh)):
-                    fresh[identity] = item
+                    fresh[identity] = self._from_one_file(identity, item)
             self._tell(number, plan, len(fresh) - before, len(there), path.name)
             waiting.append(plan)
             # A subset that is there already need not wait for others.
@@ -212,6 +217,11 @@ class Embedding:
                 self._flush(waiting, stored, fresh, done)
                 waiting, stored, fresh = [], {}, {}
         self._flush(waiting, stored, fresh, done)
+
+    def _from_one_file(self, identity: Identity, item: MultimodalInput) -> MultimodalInput:
+        """The input, its images from where the same were first met: an encoder can see it."""
+        images = zip(identity[1], item.images, strict=True)
+        return MultimodalInput(item.text, tuple(self.files.setdefault(h, i) for h, i in images))
 
     def _tell(self, number: int, plan: Plan, new: int, there: int, name: str) -> None:
         where = f"[{number}/{len(self.plans)}] {plan.subset}: {len(plan.query_index)} rows"

@@ -19,8 +19,8 @@ import numpy as np
 from vlm2vec_jax.errors import UserError, raise_problems
 
 Identity = tuple[Any, ...]
-"""What an input is across subsets: its text, the absolute paths of its images (a tuple), and its
-role where the encoder tells queries from targets."""
+"""What an input is across subsets: its text, the hashes of its image files (a tuple), and its role
+where the encoder tells queries from targets."""
 
 _IMAGE_TOKENS = 800
 _MESSAGE = 8192

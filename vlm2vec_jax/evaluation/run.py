@@ -3,9 +3,9 @@
 
 Subsets are done one after the other (small ones are embedded together) and each is on disk before
 the next begins, so that an interrupted evaluation goes on where it stopped. An input that several
-subsets share (by text and absolute image path) is embedded once for all of them. Several processes
-share the inputs and give the result of one; a shard embeds its part and leaves the scoring to
-`merge`.
+subsets share (its text, and what is in its image files) is embedded once for all of them. Several
+processes share the inputs and give the result of one; a shard embeds its part and leaves the
+scoring to `merge`.
 """
 
 from __future__ import annotations

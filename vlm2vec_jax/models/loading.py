@@ -7,6 +7,7 @@ Modules are nnx modules used as plain pytrees; leaves are named by path (`decode
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,8 +58,16 @@ def abstract_model(folder: str | Path) -> Model:
     """The model of a folder as shapes only: no weights are read, no memory is taken."""
     backbone = backbone_of(folder)
     config = backbone.read_config(Path(folder))
-    module = nnx.eval_shape(lambda: backbone.build(config, rngs=nnx.Rngs(0)))
+    graphdef, state = _shapes(backbone.build, config)
+    # A copy: what is merged keeps the variables that it is given, and owners fill theirs.
+    module = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     return Model(backbone, config, Path(folder), module)
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(build: Callable[..., nnx.Module], config: Any) -> Any:
+    """A module of this configuration, split; tracing it takes longer than most of a test."""
+    return nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
 
 
 def load_model(

@@ -9,6 +9,7 @@ who puts `<s>` in front, and how it truncates.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 LLAMA_CLASSES = frozenset({"LlamaTokenizer", "LlamaTokenizerFast"})
 # transformers writes 1e30 where there is no limit, and does not truncate above 1e20.
 _NO_LIMIT = 1e20
+_REMEMBERED = 8192
+"""Texts whose ids are kept: each is measured before rows are planned and encoded afterwards, and
+words around images are often the same."""
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -54,6 +58,15 @@ class TextTokenizer:
         self.model_max_length = model_max_length
         self.truncation_side = truncation_side
         self.special_tokens = backend.num_special_tokens_to_add(False)
+        self._ids = functools.lru_cache(_REMEMBERED)(self._ids_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered: sent to the processes that decode images."""
+        return {name: value for name, value in vars(self).items() if name != "_ids"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._ids = functools.lru_cache(_REMEMBERED)(self._ids_of)
 
     @property
     def vocab_size(self) -> int:
@@ -77,10 +90,7 @@ class TextTokenizer:
           UserError: if the text is not valid Unicode, or `max_len` has no room for the special
             tokens.
         """
-        try:
-            ids = self._backend.encode(text).ids
-        except TypeError as error:
-            raise UserError(f"not a valid Unicode text: {text!r:.80}") from error
+        ids = list(self._ids(text))
         limit = self.model_max_length if max_len is None else max_len
         if not truncate or limit is None or len(ids) <= limit:
             return ids
@@ -90,6 +100,12 @@ class TextTokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         encoding.truncate(room, direction=self.truncation_side)
         return self._backend.post_process(encoding).ids
+
+    def _ids_of(self, text: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._backend.encode(text).ids)
+        except TypeError as error:
+            raise UserError(f"not a valid Unicode text: {text!r:.80}") from error
 
 
 def load_tokenizer(

@@ -5,8 +5,8 @@ Behaviour: the `HD_transform` and `padding_336` functions of microsoft/Phi-3.5-v
 image processor, with the crop size a parameter. The host sends 8-bit crops, equal bit by bit to
 the reference's before normalisation; it neither normalises nor makes the global view, which the
 device does. An image of a single crop is its own global view (a resize to the same size changes
-nothing), so it is one unit, which CLIP sees once. The float functions at the end of this file say in numpy what the device must
-compute; they are the tests' oracle and no part of the road.
+nothing), so it is one unit, which CLIP sees once. The float functions at the end of this file say
+in numpy what the device must compute; they are the tests' oracle and no part of the road.
 """
 
 from __future__ import annotations
@@ -131,12 +131,13 @@ def cut_crops(image: Image.Image, geometry: HDGeometry) -> np.ndarray:
     return crops
 
 
+@functools.lru_cache(maxsize=256)
 def crop_info(geometry: HDGeometry) -> np.ndarray:
     """Say where each crop belongs, for the device's global view.
 
     Returns:
-      i32 [units, 5]: (rows, row, columns, column, back) of a local crop, where `back` is how many
-      units before it its global view stands; zeros for the global view.
+      i32 [units, 5], read-only: (rows, row, columns, column, back) of a local crop, where `back` is
+      how many units before it its global view stands; zeros for the global view.
     """
     rows, columns, views = geometry.rows, geometry.columns, geometry.views
     info = np.zeros((geometry.units, 5), np.int32)
@@ -146,6 +147,7 @@ def crop_info(geometry: HDGeometry) -> np.ndarray:
     info[views:, 2] = columns
     info[views:, 3] = number % columns
     info[views:, 4] = number + views
+    info.setflags(write=False)
     return info
 
 

@@ -80,8 +80,10 @@ class ImageTextProcessor:
             part = self._image(image)
             parts.append(part)
             # Rows of the table that all images share stay; those of units move along.
-            moved = np.where(part.index >= shared, part.index + units * features, part.index)
-            indices.append(moved.astype(np.int32))
+            moved = part.index
+            if units:
+                moved = np.where(moved >= shared, moved + units * features, moved)
+            indices.append(moved.astype(np.int32, copy=False))
             units += len(next(iter(part.visual.values())))
         visual = {
             # With one image this spares a copy of megabytes.
