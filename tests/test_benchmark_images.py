@@ -6,7 +6,11 @@ import pytest
 
 from benchmarks import image_path, image_preprocess, input_pipeline
 from benchmarks.common import How
-from vlm2vec_jax.models.phi3v.hd_transform import global_view_numpy
+from benchmarks.reference_eval import ReferenceProcessor
+from vlm2vec_jax.inputs import MultimodalInput
+from vlm2vec_jax.models.phi3v.hd_transform import global_view_numpy, image_feature_index, normalise
+from vlm2vec_jax.models.phi3v.processor import Phi3VProcessor
+from vlm2vec_jax.models.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(("size", "crops"), [((640, 480), 4), ((300, 700), 6), ((336, 336), 1)])
@@ -18,6 +22,23 @@ def test_the_reference_shaped_path(size, crops):
     ours, info, _ = image_preprocess.prepare(image, crops)
     view = global_view_numpy(ours, info).transpose(2, 0, 1)
     np.testing.assert_allclose(found.pixels[0], view, atol=2e-6)
+
+
+@pytest.mark.parametrize(("size", "num_crops", "cut"), [((70, 30), 2, (1, 2)), ((9, 9), 1, (1, 1))])
+def test_inputs_of_the_evaluation_s_baseline(goldens, tmp_path, size, num_crops, cut):
+    tokenizer = load_tokenizer(goldens / "tiny_mha")
+    ours = Phi3VProcessor(tokenizer, num_crops=num_crops, crop_size=28)
+    image_path.photograph(*size).save(tmp_path / "a.png")
+    item = MultimodalInput("<|image_1|> What is it?\n", (tmp_path / "a.png",))
+    theirs, expected = ReferenceProcessor.like(ours).encode(item), ours.encode(item)
+    np.testing.assert_array_equal(theirs.tokens, expected.tokens)
+    index = theirs.feature_index[theirs.feature_index >= 0]
+    np.testing.assert_array_equal(index, image_feature_index(*cut, 1, "sub_glb", views=1))
+    pixels = theirs.visual["pixels"].transpose(0, 2, 3, 1)
+    assert len(pixels) == num_crops + 1 == theirs.units
+    crops, info = expected.visual["crops"], expected.visual["crop_info"]
+    np.testing.assert_array_equal(pixels[1:], normalise(crops[-num_crops:]))
+    np.testing.assert_allclose(pixels[0], global_view_numpy(crops, info), atol=2e-6)
 
 
 @pytest.mark.slow

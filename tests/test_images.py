@@ -304,6 +304,20 @@ def test_no_file_stays_open_and_threads_agree(tmp_path):
         assert not [name for name in opened if str(tmp_path) in name]
 
 
+def test_a_size_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (7, 5)).save(path)
+    assert image_size(path) == (7, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(images_module, "_open", None)
+        assert image_size(path) == image_size(str(path)) == (7, 5)
+    Image.new("RGB", (9, 50)).save(path)
+    assert image_size(path) == (9, 50)
+    path.unlink()
+    with pytest.raises(ImageError, match="no such image file"):
+        image_size(path)
+
+
 def test_an_image_of_several_inputs_is_decoded_once(tmp_path, monkeypatch):
     decoded = []
     real = images_module._open

@@ -95,8 +95,12 @@ def place(path: str, root: str | os.PathLike, kept: str | os.PathLike | None) ->
       kept: the folder of kept images; None where there is none.
     """
     if kept is not None and path.startswith(PREFIX):
-        return Path(kept), path[len(PREFIX) :]
-    return Path(root), path
+        return _as_path(kept), path[len(PREFIX) :]
+    return _as_path(root), path
+
+
+def _as_path(folder: str | os.PathLike) -> Path:
+    return folder if isinstance(folder, Path) else Path(folder)
 
 
 def image_type(kind: pa.DataType) -> pa.DataType | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def to_input(
             reason = leaves_by_link(root, below)
         if reason:
             raise UserError(f"{one!r}: {reason}")
-        files.append(root / below)
+        files.append(Path(os.path.join(root, below)))
     return MultimodalInput(text=text, images=tuple(files))
 
 
@@ -131,7 +132,7 @@ class Source:
                     samples += path.split(SEPARATOR)
         return find_image_root(folder, [s for s in samples if not s.startswith(PREFIX)])
 
-    @property
+    @functools.cached_property
     def kept(self) -> Path:
         """Where images are that lay in the files: beside the converted table."""
         return self.table.path.parents[1] / FOLDER

@@ -82,7 +82,7 @@ class Plan(Rows):
 
 def plan_subset(
     source: Source,
-    images: dict[Path, str],
+    images: dict[str, str],
     made_with: Mapping[str, Any],
     settings: Settings | None = None,
     roles: bool = False,
@@ -109,7 +109,7 @@ def plan_subset(
         for k, image in enumerate(item.images):
             if not isinstance(image, (str, os.PathLike)):
                 raise TypeError("an evaluation source names images by path")
-            own.append(Path(os.path.abspath(image)))
+            own.append(os.path.abspath(image))
             # Named by what the row says, so that moving the folder changes nothing.
             files[key[1] if len(item.images) == 1 else f"{key[1]} {k}"] = own[-1]
         paths.append(own)

@@ -220,7 +220,7 @@ def run_flickr(
         "benchmark": BENCHMARK,
         "prompt": prompt,
         "captions": store.hash_rows([p.filename, *p.captions] for p in pictures),
-        "images": store.hash_images({p.filename: p.path for p in pictures}),
+        "images": store.hash_images({p.filename: str(p.path) for p in pictures}),
     }
     # Images look for captions and captions for images: whoever tells roles embeds both twice.
     roles = (store.QUERY, store.TARGET) if tells_roles(encoder) else ("",)

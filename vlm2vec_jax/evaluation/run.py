@@ -183,7 +183,7 @@ def evaluate_sources(
         "format": store.FORMAT,
         "encoder": store.plain(dict(encoder.fingerprint())),
     }
-    images: dict[Path, str] = {}
+    images: dict[str, str] = {}
 
     def plan(source: Source) -> Plan:
         return plan_subset(source, images, made_with, settings, tells_roles(encoder))

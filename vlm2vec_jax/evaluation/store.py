@@ -72,7 +72,7 @@ def hash_rows(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def hash_images(files: Mapping[str, Path], known: dict[Path, str] | None = None) -> str:
+def hash_images(files: Mapping[str, str], known: dict[str, str] | None = None) -> str:
     """Hash of the names and the bytes of image files: 32 hex digits.
 
     Args:
@@ -95,11 +95,11 @@ def hash_images(files: Mapping[str, Path], known: dict[Path, str] | None = None)
     return hash_rows([name, known[path]] for name, path in sorted(files.items()))
 
 
-def _hash_files(paths: Sequence[Path]) -> list[str]:
+def _hash_files(paths: Sequence[str]) -> list[str]:
     return [_hash_file(path) for path in paths]
 
 
-def _hash_file(path: Path) -> str:
+def _hash_file(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
