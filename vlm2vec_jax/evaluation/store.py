@@ -210,7 +210,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
 def hash_file(path: str | os.PathLike) -> str | None:
     """Hash of a file's bytes, 32 hex digits; None if it cannot be read."""
     try:
-        return _hash_file(Path(path))
+        return _hash_file(os.fspath(path))
     except OSError:
         return None
 
