@@ -129,7 +129,7 @@ class Bench:
     """
 
     def __init__(self, how: How):
-        from benchmarks.reference_shaped import Embedding
+        from benchmarks.reference_shaped import Embedding, with_pixels
         from vlm2vec_jax.embedder import Embedder
         from vlm2vec_jax.nn.compute import Compute
 
@@ -138,6 +138,7 @@ class Bench:
         compute = Compute(how.dtype)
         self._shaped = Embedding(model.module, self.bed.layout, compute)
         self.embedder = Embedder(model, NoProcessor(self.bed.layout), compute, None)
+        self._with_pixels, self._prepared = with_pixels, {}
         self._limit = 1e-5 if how.dtype == "float32" else 0.05
         self.largest_difference = 0.0
 
@@ -146,7 +147,11 @@ class Bench:
         return self.embedder.encode_encoded(items)
 
     def shaped(self, items, size: int, most_crops: int = 0, multiple: int = 1) -> np.ndarray:
-        """The baseline."""
+        """The baseline; what its processor makes of images is there before."""
+        for item in items:
+            if id(item) not in self._prepared:
+                self._prepared[id(item)] = item, self._with_pixels(item)
+        items = [self._prepared[id(item)][1] for item in items]
         return self._shaped(items, size, most_crops, multiple)
 
     def compare(self, cases, rounds: int, unordered=()) -> common.Timing:

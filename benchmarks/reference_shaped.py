@@ -20,6 +20,7 @@ from flax import nnx
 
 from vlm2vec_jax.inputs import EncodedInput, VisualLayout
 from vlm2vec_jax.losses.contrastive import contrastive_loss
+from vlm2vec_jax.models.phi3v.global_view import with_global_views
 from vlm2vec_jax.models.phi3v.vision import merge_patches, normalised
 from vlm2vec_jax.models.shared.parts import put_features
 from vlm2vec_jax.nn.compute import Compute, scan_layers
@@ -39,6 +40,8 @@ class Form:
       right_padding: every input a row, in the order given, as long as the batch's longest;
         otherwise packed rows.
       padded_crops: every image has the most crops and all go through the vision tower.
+      host_pixels: crops come as normalised float32 with global views that the host has made
+        (`with_pixels`); otherwise as 8-bit crops of which the device makes them.
       dense_attention: all logits of a row at once, in float32; otherwise `Compute.attention`.
       lm_head: logits of the vocabulary at every token, in float32.
       full_layers: the last decoder layer at every token, and the last layer of CLIP.
@@ -48,6 +51,7 @@ class Form:
 
     right_padding: bool = True
     padded_crops: bool = True
+    host_pixels: bool = True
     dense_attention: bool = True
     lm_head: bool = True
     full_layers: bool = True
@@ -62,18 +66,19 @@ class Form:
         """`plain` with the habits that are a matter of how the layers are computed."""
         return dataclasses.replace(
             plain,
-            attention="xla" if self.dense_attention else plain.attention,
+            attention="dense" if self.dense_attention else plain.attention,
             remat="full" if self.inner_remat else plain.remat,
         )
 
 
 REFERENCE = Form()
-PLAIN = Form(False, False, False, False, False, False, False)
+PLAIN = Form(False, False, False, False, False, False, False, False)
 REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("peft_dora",), "DoRA's norm once per step, one product with W"),
     (("lm_head", "full_layers"), "no head, last layer for pooled tokens, no last layer of CLIP"),
     (("padded_crops",), "real crops only"),
-    (("dense_attention",), "attention kernel of the platform"),
+    (("host_pixels",), "8-bit crops, normalised on the device"),
+    (("dense_attention",), "attention of the platform"),
     (("inner_remat",), "no inner rematerialisation"),
     (("right_padding",), "packed rows"),
 )
@@ -124,6 +129,24 @@ def with_most_crops(item: EncodedInput, most: int) -> EncodedInput:
     return dataclasses.replace(item, visual=visual, units=most)
 
 
+def with_pixels(item: EncodedInput) -> EncodedInput:
+    """The input with its crops as the reference's processor hands them over; a text as it is."""
+    if not item.units or "pixels" in item.visual:
+        return item
+    pixels = np.asarray(_pixels(item.visual["crops"][None], item.visual["crop_info"][None])[0])
+    return dataclasses.replace(item, visual={"pixels": pixels})
+
+
+_pixels = jax.jit(with_global_views)
+
+
+def layout_of(items: Sequence[EncodedInput], layout: VisualLayout) -> VisualLayout:
+    """The layout for inputs of which some may have gone through `with_pixels`."""
+    if not any("pixels" in item.visual for item in items):
+        return layout
+    return dataclasses.replace(layout, units={"pixels": (layout.units["crops"][0], "float32")})
+
+
 def right_padded(
     items: Sequence[EncodedInput],
     layout: VisualLayout,
@@ -149,6 +172,7 @@ def right_padded(
     length = -(-max(map(len, items)) // multiple) * multiple
     most = max(item.units for item in items)
     shape = RowShape(length, max(most, units) if most else 0, 1)
+    layout = layout_of(items, layout)
     slots = range(first, first + len(items))
     batch = fill([[i] for i in order], items, shape, layout, slots=slots)
     return batch._replace(visual={name: leaf[:pictures] for name, leaf in batch.visual.items()})
@@ -232,7 +256,7 @@ class Embedding:
         """Embeddings f32 [N, D] in the order of the items.
 
         Args:
-          items: inputs.
+          items: inputs; those of `with_pixels` spare the device the making of global views.
           size: of a batch, in inputs.
           most_crops: of an image, its global view included, where the form pads crops.
           multiple: lengths of batches are rounded up to one.
@@ -297,6 +321,8 @@ class Step:
         self._model, self._form, self._key = model, form, key
         self.pairs, self.cached = len(queries), chunk is not None
         items = [*queries, *targets]
+        if form.host_pixels:
+            items = [with_pixels(item) for item in items]
         if form.padded_crops:
             items = [with_most_crops(item, most_crops) for item in items]
         if form.right_padding:
@@ -378,7 +404,8 @@ def _padded_chunks(items, pairs: int, size: int, layout, multiple: int) -> list[
 
 def _packed_chunks(items, pairs: int, layout, chunk_tokens: int | None) -> list[PackedBatch]:
     sizes = [(len(item), item.units) for item in items]
-    packer = BatchPacker(choose_rows(sizes, longest=1 << 20), layout, chunk_tokens=chunk_tokens)
+    rows = choose_rows(sizes, longest=1 << 20)
+    packer = BatchPacker(rows, layout_of(items, layout), chunk_tokens=chunk_tokens)
     return [
         jax.tree.map(lambda leaf, k=k: leaf[k], group.batch)
         for group in packer(items[:pairs], items[pairs:]).groups

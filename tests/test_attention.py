@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.nn import attention, splash
+from vlm2vec_jax.nn import attention, exact, splash
 from vlm2vec_jax.nn.attention import Visibility, attend, interpreted
 from vlm2vec_jax.parallel.mesh import make_mesh
 
@@ -59,6 +59,36 @@ CASES = {
     # As CLIP's crops: everything sees everything, one token too many.
     "crops": ((2, 129, 2, 2, 64), None),
 }
+
+
+EXACT = {
+    # (rows, tokens, heads, key heads, width), who sees whom, logits that the cache holds.
+    "pieces": ((1, 200, 2, 2, 16), packed(1, 200), 1 << 20),
+    "window": ((2, 200, 2, 2, 16), packed(2, 200, window=70), 1 << 20),
+    "rows of the cache": ((4, 150, 2, 2, 16), packed(4, 150), 2 * 2 * 64 * 150),
+    "heads of the cache": ((2, 150, 4, 2, 16), packed(2, 150), 1),
+    "patches": ((3, 90, 2, 2, 16), packed(3, 90, causal=False), 2 * 90 * 90),
+    "crops": ((4, 65, 2, 2, 16), None, 2 * 2 * 65 * 65),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_pieces_of_a_cpu_are_attention(case, monkeypatch):
+    sizes, visibility, cached = EXACT[case]
+    q, k, v = operands(*sizes)
+    monkeypatch.setattr(exact, "_PIECE", 64)
+    monkeypatch.setattr(exact, "_CACHED_LOGITS", cached)
+    monkeypatch.setattr(exact, "_LOOP_LOGITS", 0)
+    check(results(q, k, v, visibility, "xla"), results(q, k, v, visibility, "dense"))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 255, 257, 832, 1984, 9000])
+def test_pieces_hold_every_query_once_and_skip_almost_half(tokens):
+    found = exact.pieces(tokens)
+    assert [start for start, _ in found] == [0, *(end for _, end in found[:-1])]
+    assert found[-1][1] == tokens and len(found) <= 8
+    seen = sum((end - start) * end for start, end in found)
+    assert seen <= (0.65 if tokens > 800 else 1) * tokens**2
 
 
 @pytest.mark.slow
@@ -157,8 +187,8 @@ def test_kernels_of_cards_are_lowered_without_one(kind, visibility, call, monkey
 
 
 def test_memory_of_the_plain_form_does_not_grow_with_the_square(monkeypatch):
-    monkeypatch.setattr(attention, "_MOST_LOGITS", 1 << 17)
-    monkeypatch.setattr(attention, "_BLOCK_LOGITS", 1 << 15)
+    monkeypatch.setattr(exact, "_MOST_LOGITS", 1 << 17)
+    monkeypatch.setattr(exact, "_BLOCK_LOGITS", 1 << 15)
 
     def temporaries(tokens):
         q, k, v = (jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32) for _ in range(3))

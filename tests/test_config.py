@@ -110,7 +110,7 @@ def test_empty_paths_are_all_named():
         ("tracking.wandb", "yes", "tracking.wandb must be one of off, offline, online"),
         ("eval.every", 10, "eval.path is empty, but eval.every asks for evaluations"),
         ("profile", "5", "profile '5': give START:STOP"),
-        ("attention", "flash", "attention must be one of auto, xla, splash, cudnn, triton"),
+        ("attention", "flash", "attention must be one of auto, xla, dense, splash, cudnn, triton"),
     ],
 )
 def test_each_mistake_is_said_in_words(path, value, said):

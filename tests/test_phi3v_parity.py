@@ -10,8 +10,14 @@ import pytest
 from golden_batches import golden_batch, load_npz, rope_table
 
 from vlm2vec_jax.models.loading import abstract_model, flatten, load_model
-from vlm2vec_jax.models.phi3v.hd_transform import crop_info, global_view_numpy, hd_geometry
-from vlm2vec_jax.models.phi3v.vision import merge_patches, with_global_views
+from vlm2vec_jax.models.phi3v.global_view import by_products, by_taps
+from vlm2vec_jax.models.phi3v.hd_transform import (
+    crop_info,
+    global_view_numpy,
+    hd_geometry,
+    normalise,
+)
+from vlm2vec_jax.models.phi3v.vision import merge_patches
 from vlm2vec_jax.nn.compute import Compute
 
 BATCHES = [
@@ -164,8 +170,9 @@ def test_rope_table_follows_each_sequence(models, goldens):
     np.testing.assert_allclose(np.asarray(both[0, 0]), golden["embedding"][0], atol=2e-6)
 
 
+@pytest.mark.parametrize("form", [by_products, by_taps])
 @pytest.mark.parametrize("width, height, crops", [(640, 480, 4), (100, 700, 16), (336, 336, 1)])
-def test_global_view_on_the_device(width, height, crops):
+def test_global_view_on_the_device(width, height, crops, form):
     rng = np.random.default_rng(0)
     geometry = hd_geometry(width, height, crops, 28)
     assert geometry is not None
@@ -176,7 +183,13 @@ def test_global_view_on_the_device(width, height, crops):
     other = crop_info(hd_geometry(28, 28, 1, 28))
     row_info = np.concatenate([info, other, np.zeros((1, 5), np.int32)])
     row = np.concatenate([pixels, pixels[: len(other)], np.zeros((1, 28, 28, 3), np.uint8)])
-    found = np.asarray(jax.jit(with_global_views)(row[None], row_info[None]))[0]
+    # Two rows, of which the first ends with a crop.
+    rows = np.stack([np.roll(row, 1, axis=0), row])
+    both = np.asarray(jax.jit(form)(rows, np.stack([np.roll(row_info, 1, axis=0), row_info])))
+    found = both[1]
+    np.testing.assert_allclose(np.roll(both[0], -1, axis=0), found, atol=1e-6)
+    assert not found[-1].any()
+    np.testing.assert_allclose(found[1 : len(info)], normalise(pixels[1:]), atol=2e-6)
     expected = global_view_numpy(pixels, info)
     np.testing.assert_allclose(found[0], np.asarray(expected).reshape(found[0].shape), atol=2e-6)
     second = global_view_numpy(row[len(info) : len(info) + 1], other)

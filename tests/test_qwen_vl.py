@@ -197,7 +197,7 @@ def test_positions_never_run_ahead(images, tail, rule):
 
 @pytest.mark.parametrize("runs", [[5], [20, 1, 20, 3] * 9, [7] * 60])
 def test_attention_near_and_in_blocks_is_attention(runs):
-    from vlm2vec_jax.nn import attention
+    from vlm2vec_jax.nn import exact
 
     segments = np.repeat(np.arange(len(runs)), runs)[None].astype(np.int32)
     rng = np.random.default_rng(len(runs))
@@ -208,7 +208,7 @@ def test_attention_near_and_in_blocks_is_attention(runs):
     np.testing.assert_allclose(near, expected, atol=1e-6)
     causal = Visibility(seen.query_segments, seen.key_segments, True)
     for visibility in (seen, causal):
-        blocks = attention._attend_in_blocks(q, k, v, visibility, 128)
+        blocks = exact._attend_in_blocks(q, k, v, visibility, 128)
         np.testing.assert_allclose(blocks, attend(q, k, v, visibility), atol=1e-6)
 
 

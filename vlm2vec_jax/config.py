@@ -55,7 +55,7 @@ class Config:
       grad_cache: "on" embeds chunk by chunk and keeps no activations of the others, "off" takes
         the batch in one piece, "auto" is "off" where that fits.
       attention: "xla" (exact, anywhere), "splash" (TPU), "cudnn" or "triton" (NVIDIA), or "auto"
-        for what suits platform and shapes.
+        for what suits platform and shapes; "dense" is all logits at once, for comparisons.
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps
         matrix products, "full" recomputes the layer from its input, "offload" too, but that input
         waits in the host's memory; "auto" is the fastest that fits, the vision tower's as well

@@ -23,7 +23,7 @@ CHOICES = {
     "data.stop": ("", "first_exhausted", "all_exhausted"),
     "optim.schedule": ("linear", "cosine", "constant"),
     "grad_cache": ("auto", "on", "off"),
-    "attention": ("auto", "xla", "splash", "cudnn", "triton"),
+    "attention": ("auto", "xla", "dense", "splash", "cudnn", "triton"),
     "remat": ("auto", "none", "dots", "offload", "full"),
     "remat_vision": ("same", "none", "dots", "offload", "full"),
     "loss.form": ("auto", "dense", "tiled", "ring"),

@@ -201,7 +201,7 @@ class Batches:
             # No row need be longer than what one device takes at a time, unless an input is.
             most=max(budget // shards, 128),
             longest=self._max_tokens,
-            step=32 if self._device.platform == "cpu" else 128,
+            step=16 if self._device.platform == "cpu" else 128,
             used=self._used_rows,
         )
         self._used_rows |= taken

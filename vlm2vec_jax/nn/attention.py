@@ -2,14 +2,14 @@
 """Attention behind one function: who sees whom is said once, kernels are chosen by name.
 
 Rows are packed: several sequences lie end to end, told apart by segment ids. `xla` is exact and
-runs anywhere, `splash` is the kernel of TPUs (`nn/splash.py`), `cudnn` and `triton` are those of
-NVIDIA cards (`nn/cuda.py`); docs/performance.md has their figures.
+runs anywhere, `dense` is what it is held to (`nn/exact.py`); `splash` is the kernel of TPUs
+(`nn/splash.py`), `cudnn` and `triton` are those of NVIDIA cards (`nn/cuda.py`);
+docs/performance.md has their figures.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -19,62 +19,14 @@ import jax.numpy as jnp
 
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.nn.compute import AttentionKind
+from vlm2vec_jax.nn.exact import Visibility, attend_dense, attend_exact, platform
 from vlm2vec_jax.parallel.sharding import by_rows_and_heads, parts
+
+__all__ = ["AttentionKinds", "Visibility", "attend", "attend_near", "interpreted", "platform"]
 
 AttentionKinds: tuple[str, ...] = get_args(AttentionKind)
 
-_MOST_LOGITS = 1 << 28
-"""Logits on a chip beyond which `xla` makes them in blocks (1 GB in float32)."""
-_BLOCK_LOGITS = 1 << 26
-"""Logits of such a block."""
 _LEAST_BLOCK = 64
-# Finite, so that a query which sees nothing gives a mean of values and not NaN.
-_HIDDEN = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Visibility:
-    """Which keys a query sees in a packed row.
-
-    Attributes:
-      query_segments: i32 [R, T]; key_segments: i32 [R, S]. A query sees its own segment.
-      causal: it sees keys at or before its own place only, else its whole segment.
-      query_index: i32 [R, T], where a causal query stands in the row; None where the queries are
-        the row's tokens in order.
-      window: if set, keys further back than this many tokens are hidden from a causal query (HF
-        4.46's eager mask: `query - key <= window` is seen).
-    """
-
-    query_segments: jax.Array
-    key_segments: jax.Array
-    causal: bool = False
-    query_index: jax.Array | None = None
-    window: int | None = None
-
-    def take(self, start: jax.Array, size: int) -> Visibility:
-        """The same for `size` queries from `start` on."""
-
-        def part(x):
-            return jax.lax.dynamic_slice_in_dim(x, start, size, 1)
-
-        own = part(self.query_segments)
-        if self.query_index is None:
-            index = jnp.broadcast_to(start + jnp.arange(size), own.shape)
-        else:
-            index = part(self.query_index)
-        return Visibility(own, self.key_segments, self.causal, index, self.window)
-
-    def mask(self) -> jax.Array:
-        """Dense form, bool [R, T, S]."""
-        same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        if not self.causal:
-            return same
-        index = self.query_index
-        if index is None:
-            index = jnp.arange(self.query_segments.shape[1])[None]
-        back = index[:, :, None] - jnp.arange(self.key_segments.shape[1])
-        seen = same & (back >= 0)
-        return seen if self.window is None else seen & (back <= self.window)
 
 
 def attend(
@@ -92,10 +44,11 @@ def attend(
       k: [R, S, K, H] with N a multiple of K; head n reads key head n // (N / K).
       v: [R, S, K, H].
       visibility: None if every query sees every key.
-      implementation: `xla`, exact on every platform; `splash` on TPUs; `triton` on NVIDIA cards;
-        `cudnn` there, which means `triton` for packed rows; `auto` for what is best on the platform
-        at these shapes. What a kernel has no form for is `xla`: queries of which a causal
-        `visibility` says where they stand (a few pooled tokens), a window on NVIDIA cards.
+      implementation: `xla`, exact on every platform; `dense`, the same with all logits at once,
+        for comparisons; `splash` on TPUs; `triton` on NVIDIA cards; `cudnn` there, which means
+        `triton` for packed rows; `auto` for what is best on the platform at these shapes. What a
+        kernel has no form for is `xla`: queries of which a causal `visibility` says where they
+        stand (a few pooled tokens), a window on NVIDIA cards.
 
     Returns:
       [R, T, N, H] in q's dtype.
@@ -104,8 +57,9 @@ def attend(
       UserError: if the platform has no such kernel.
     """
     kind = chosen(implementation, q, k, visibility)
-    if kind == "xla":
-        return _attend_xla(q, k, v, visibility)
+    if kind in ("xla", "dense"):
+        exact = attend_exact if kind == "xla" else attend_dense
+        return exact(q, k, v, visibility)
     tensor = parts("tensor")
     if q.shape[2] % tensor == 0 and k.shape[2] % tensor:
         # Fewer key heads than partners: every partner takes those that its heads read.
@@ -147,7 +101,9 @@ def chosen(
             f"attention={kind} is a kernel of {names[needed]}, but this runs on {where}: choose "
             f"attention=auto"
         )
-    if kind == "xla" or (visibility is not None and visibility.query_index is not None):
+    if kind in ("xla", "dense"):
+        return kind
+    if visibility is not None and visibility.query_index is not None:
         return "xla"
     if kind == "splash" or (kind == "auto" and where == "tpu"):
         long = kind == "splash" or q.shape[1] * k.shape[1] >= LEAST_PAIRS
@@ -172,12 +128,6 @@ def chosen(
 
 LEAST_PAIRS = 512 * 512
 """Pairs of query and key in a row from which on `auto` takes splash."""
-
-
-def platform() -> str:
-    """Of the devices that a program is traced for: `cpu`, `gpu`, `tpu`."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "platform", None) or jax.default_backend()
 
 
 _interpreted = False
@@ -248,59 +198,3 @@ def attend_near(
         implementation=implementation,
     )
     return y.reshape(rows, count * block, heads, width)[:, :tokens]
-
-
-def _attend_xla(q, k, v, visibility):
-    rows, tokens, heads, _ = q.shape
-    own = rows * heads * k.shape[1] / (parts("data") * parts("fsdp") * parts("tensor"))
-    if visibility is None or own * tokens <= _MOST_LOGITS:
-        return _attend_at_once(q, k, v, visibility)
-    size = max(int(_BLOCK_LOGITS / own) // 128 * 128, 128)
-    return _attend_in_blocks(q, k, v, visibility, size)
-
-
-def _attend_in_blocks(q, k, v, visibility: Visibility, size: int):
-    """The same sums, `size` queries at a time; the backward pass makes their logits again."""
-    rows, tokens, heads, width = q.shape
-    count = -(-tokens // size)
-    missing = count * size - tokens
-    q = jnp.pad(q, [(0, 0), (0, missing), (0, 0), (0, 0)])
-    index = visibility.query_index
-    visibility = dataclasses.replace(
-        visibility,
-        query_segments=jnp.pad(
-            visibility.query_segments, [(0, 0), (0, missing)], constant_values=-1
-        ),
-        query_index=None if index is None else jnp.pad(index, [(0, 0), (0, missing)]),
-    )
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def block(start):
-        part = jax.lax.dynamic_slice_in_dim(q, start, size, 1)
-        return _attend_at_once(part, k, v, visibility.take(start, size))
-
-    y = jax.lax.map(block, jnp.arange(count) * size)
-    return jnp.moveaxis(y, 0, 1).reshape(rows, count * size, heads, width)[:, :tokens]
-
-
-def _attend_at_once(q, k, v, visibility):
-    rows, queries, heads, width = q.shape
-    # Heads in front, and the division behind the second product: the logits, which are by far the
-    # largest arrays, are then read and written least (on a CPU a gradient takes half the time).
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    q = q.reshape(rows, k.shape[1], heads // k.shape[1], queries, width)
-    scale = width**-0.5
-    early = q.dtype == jnp.float32  # else scaling would round once more
-    q = q * scale if early else q
-    logits = jnp.einsum("rkgth,rksh->rkgts", q, k, preferred_element_type=jnp.float32)
-    logits = logits if early else logits * scale
-    if visibility is not None:
-        logits = jnp.where(visibility.mask()[:, None, None], logits, _HIDDEN)
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum(
-        "rkgts,rksh->rkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    out = (out / total).astype(v.dtype)
-    return jnp.swapaxes(out.reshape(rows, heads, queries, width), 1, 2)

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vlm2vec_jax.parallel.sharding import is_cut, save_all_but_gathered
 
-AttentionKind = Literal["auto", "xla", "cudnn", "triton", "splash"]
+AttentionKind = Literal["auto", "xla", "dense", "cudnn", "triton", "splash"]
 RematKind = Literal["none", "dots", "offload", "full"]
 
 _Result = TypeVar("_Result")
