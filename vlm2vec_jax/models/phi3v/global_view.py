@@ -40,7 +40,8 @@ def by_taps(crops: jax.Array, crop_info: jax.Array) -> jax.Array:
     An odd factor leaves one tap of weight 1, an even one four that are the same everywhere.
     """
     rows, count, side = crops.shape[:3]
-    units = crops.reshape(rows * count, side, side, 3)
+    units = jnp.asarray(crops).reshape(rows * count, side, side, 3)
+    crop_info = jnp.asarray(crop_info)
     info = crop_info.reshape(-1, 5)
     # What stands behind a unit; behind the last one of a row, nothing.
     behind = jnp.pad(crop_info[:, 1:], [(0, 0), (0, 1), (0, 0)]).reshape(-1, 5)
