@@ -12,7 +12,13 @@ from jax.sharding import PartitionSpec as P
 from vlm2vec_jax.nn.attention import Visibility, attend
 from vlm2vec_jax.nn.compute import Compute, scan_layers
 from vlm2vec_jax.nn.dropout import keep_mask
-from vlm2vec_jax.nn.linear import Linear, linears, refresh_dora_norms
+from vlm2vec_jax.nn.linear import (
+    Linear,
+    columns_scaled,
+    linears,
+    low_rank,
+    refresh_dora_norms,
+)
 from vlm2vec_jax.nn.norm import LayerNorm, RMSNorm, l2_normalize
 from vlm2vec_jax.nn.rope import cos_sin, inverse_frequencies, rotate
 from vlm2vec_jax.parallel.mesh import make_mesh
@@ -230,3 +236,28 @@ def test_dropout_masks_are_as_good_as_random():
     spread = NamedSharding(make_mesh(4, 2), P(("data", "fsdp")))
     cut = jax.jit(lambda key: keep_mask(key, 0.25, shape), out_shardings=spread)(keys[0])
     assert (np.asarray(cut) == masks[0]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_adapted_layers_are_those_of_the_plain_form(dtype):
+    rng = np.random.default_rng(0)
+    x, a, b, gain = (
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 5, 6), (6, 3), (3, 4), 4)
+    )
+    x, gain, scale = x.astype(dtype), gain.astype(dtype), jnp.float32(0.7)
+
+    def ours(x, a, b, gain):
+        return columns_scaled(low_rank(x, a, b, scale), gain)
+
+    def plain(x, a, b, gain):
+        return gain * (scale.astype(dtype) * ((x @ a.astype(dtype)) @ b.astype(dtype)))
+
+    def both(form):
+        total = lambda *args: (form(*args).astype(jnp.float32) ** 2).sum()  # noqa: E731
+        return form(x, a, b, gain), *jax.grad(total, (0, 1, 2, 3))(x, a, b, gain)
+
+    near = 1e-5 if dtype == "float32" else 0.05
+    for found, expected in zip(both(ours), both(plain), strict=True):
+        assert found.dtype == expected.dtype
+        found, expected = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_allclose(found, expected, atol=near * np.abs(expected).max())

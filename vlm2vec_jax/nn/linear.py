@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm2vec_jax.nn.dropout import keep_mask
+from vlm2vec_jax.nn.exact import platform
 
 
 class DoraNorm(nnx.Variable):
@@ -74,19 +75,14 @@ class Linear(nnx.Module):
         if key is not None and drops:
             keep = keep_mask(key, self.lora_dropout, x.shape)
             dropped = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
-        low = (dropped @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
-        low = (
-            self._scale().astype(x.dtype) * low
-            if self.adapter_scale is not None
-            else self.lora_scale * low
-        )
+        low = low_rank(dropped, self.lora_a[...], self.lora_b[...], self._scale())
         if self.magnitude is None:
             return y + low
         norm = self.column_norm[...] if self.column_norm is not None else self.dora_norm()
         gain = (self.magnitude[...] / norm).astype(y.dtype)
         if drops and not self.fused_dropout:
             return y + (gain - 1) * (dropped @ kernel) + gain * low
-        return gain * (y + low)
+        return columns_scaled(y + low, gain)
 
     def dora_norm(self) -> jax.Array:
         """Norm [..., out] of the columns of W + s A B, float32, constant for the gradient.
@@ -97,12 +93,14 @@ class Linear(nnx.Module):
         return _dora_norm(*self._norm_inputs())
 
     def _norm_inputs(self) -> tuple[Any, ...]:
-        scale = self._scale()[..., None] if self.adapter_scale is not None else self.lora_scale
+        scale = self.lora_scale if self.adapter_scale is None else self._scale()[..., None]
         kernel_scale = None if self.kernel_scale is None else self.kernel_scale[...]
         return self.kernel[...], kernel_scale, self.lora_a[...], self.lora_b[...], scale
 
     def _scale(self) -> jax.Array:
-        assert self.adapter_scale is not None
+        """s, f32 [] or, of a stack of layers, [L]."""
+        if self.adapter_scale is None:
+            return jnp.float32(self.lora_scale)
         return self.adapter_scale[...]
 
     def set_adapter(
@@ -131,6 +129,71 @@ class Linear(nnx.Module):
             self.lora_scale, self.adapter_scale = float(scale), None
         else:
             self.lora_scale, self.adapter_scale = 0.0, AdapterScale(scale)
+
+
+@jax.custom_vjp
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """s x A B, with a gradient that leaves large arrays as they are.
+
+    Differentiated as it stands, the gradient of B is made by turning the whole cotangent around,
+    and s is multiplied into it, while both could be had on the narrow side.
+
+    Args:
+      x: [..., in].
+      a: f32 [in, r].
+      b: f32 [r, out].
+      scale: f32 [].
+
+    Returns:
+      [..., out] in x's dtype.
+    """
+    return _low_rank(x, a, b, scale)[0]
+
+
+def _low_rank(x, a, b, scale):
+    narrow = scale.astype(x.dtype) * (x @ a.astype(x.dtype))
+    return narrow @ b.astype(x.dtype), (x, narrow, a, b, scale)
+
+
+def _low_rank_gradient(kept, cotangent):
+    x, narrow, a, b, scale = kept
+    flat, inner, outer = (y.reshape(-1, y.shape[-1]) for y in (x, narrow, cotangent))
+    db = _product(inner, outer, 0, 0)
+    inner = scale.astype(x.dtype) * _product(outer, b.astype(x.dtype), 1, 1)
+    da = _product(flat, inner, 0, 0)
+    dx = _product(inner, a.astype(x.dtype), 1, 1).reshape(x.shape)
+    return dx, da.astype(a.dtype), db.astype(b.dtype), jnp.zeros_like(scale)
+
+
+low_rank.defvjp(_low_rank, _low_rank_gradient)
+
+
+def _product(a, b, i: int, j: int):
+    """Of matrices, summed over axis i of one and j of the other."""
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())))
+
+
+@jax.custom_vjp
+def columns_scaled(x: jax.Array, gain: jax.Array) -> jax.Array:
+    """gain x, with a gradient that multiplies once what several products read.
+
+    Args:
+      x: [..., out].
+      gain: [out] in x's dtype.
+    """
+    return gain * x
+
+
+def _columns_scaled_gradient(kept, cotangent):
+    x, gain = kept
+    dx = gain * cotangent
+    if platform() == "cpu":  # elsewhere products multiply as they read
+        dx = jax.lax.optimization_barrier(dx)
+    both = cotangent.astype(jnp.float32) * x.astype(jnp.float32)
+    return dx, jnp.sum(both, axis=tuple(range(x.ndim - 1))).astype(gain.dtype)
+
+
+columns_scaled.defvjp(lambda x, gain: (gain * x, (x, gain)), _columns_scaled_gradient)
 
 
 def linears(model: nnx.Module) -> dict[str, Linear]:
