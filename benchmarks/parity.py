@@ -5,6 +5,9 @@
     python -m benchmarks.parity --only forward,adapters --save part1.json
     python -m benchmarks.parity --join part1.json part2.json --write docs/parity.md
 
+The section mini_qwen2_vl needs torch and transformers' models (the environment of `make
+test-torch`); measure it there, or all of them.
+
 The goldens are numbers that the reference computed (tests/goldens/README.md); the tests hold the
 same limits. Everything runs in float32 with exact products, except where bfloat16 is named.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -34,6 +38,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "end_to_end": inference.end_to_end,
     "curves": training.curves,
     "backbones": backbones.backbones,
+    "mini_qwen2_vl": backbones.mini_qwen2_vl,
 }
 
 
@@ -117,6 +122,11 @@ def main() -> int:
                 measured[name] = [Row(**row) for row in rows]
     else:
         chosen = [name for name in args.only.split(",") if name] or list(SECTIONS)
+        if "mini_qwen2_vl" in chosen and not importlib.util.find_spec("torch"):
+            parser.error(
+                "mini_qwen2_vl needs torch (the environment of `make test-torch`): measure the "
+                "others with --only and --save, that one there, and put both together with --join"
+            )
         measured = measure(chosen)
     if args.save:
         saved = {name: [dataclasses.asdict(r) for r in rows] for name, rows in measured.items()}

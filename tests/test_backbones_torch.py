@@ -5,13 +5,19 @@ Pixels and ids are transformers' own; positions those of the golden's rule `sequ
 """
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from backbone_goldens import ADAPTERS, GOLDENS, VARIANTS, arrays, cases
 from safetensors.numpy import load_file
 
+from vlm2vec_jax.data.mini_mmeb import write_mini_mmeb
+from vlm2vec_jax.embedder import Embedder
+from vlm2vec_jax.inputs import MultimodalInput
 from vlm2vec_jax.models.loading import abstract_model, flatten
+from vlm2vec_jax.models.qwen2_vl.mini import write_mini_model
 from vlm2vec_jax.models.registry import BACKBONES
 from vlm2vec_jax.weights.adapters import load_adapter
 from vlm2vec_jax.weights.export import export_hf, export_peft
@@ -95,3 +101,40 @@ def test_adapters_have_their_effect_in_peft(backbone, name, place, tmp_path):
     ):
         found = embedded(inner, backbone, by_name[case])
         np.testing.assert_allclose(found, row, rtol=0, atol=1e-6)
+
+
+def small_qwen2_vl(folder: Path) -> tuple[float, int]:
+    """The small Qwen2-VL that learns mini-MMEB, written here and read by both.
+
+    Returns:
+      The largest difference of an embedding by rules `mrope` and `sequential`, and how many there
+      were.
+    """
+    sys.path.insert(0, str(Path(__file__).parent / "tools"))
+    import golden_forward
+
+    data, model = folder / "data", folder / "model"
+    write_mini_mmeb(data, 0, 0.03, subsets=["ImageNet-1K", "OK-VQA", "MSCOCO_i2t"])
+    write_mini_model(data, model)
+    images = GOLDENS / "image_processing" / "images"
+    all_cases = golden_forward.prepare("qwen2_vl", model, images)
+    theirs = opened("qwen2_vl", model)[0]
+    largest = 0.0
+    for rule in ("mrope", "sequential"):
+        for markers in ("bare", "wrapped"):
+            chosen = [case for case in all_cases if case.wrapped == (markers == "wrapped")]
+            ours = Embedder.from_pretrained(
+                model, dtype="float32", image_positions=rule, image_markers=markers
+            ).encode(
+                MultimodalInput(case.text, tuple(images / f"{name}.png" for name in case.images))
+                for case in chosen
+            )
+            for case, found in zip(chosen, ours, strict=True):
+                wanted = golden_forward.embed(theirs, case, rule).detach().numpy()
+                largest = max(largest, float(np.abs(found - wanted).max()))
+    return largest, 2 * len(all_cases)
+
+
+def test_the_small_qwen2_vl_is_one_to_transformers(tmp_path):
+    largest, count = small_qwen2_vl(tmp_path)
+    assert count == 22 and largest <= 1e-5

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every backbone that is registered and has goldens of transformers, against them."""
+"""Every backbone that is registered and has goldens of transformers, against them.
+
+And the small Qwen2-VL that learns mini-MMEB, against transformers itself.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -40,3 +45,14 @@ def backbones() -> Iterator[Row]:
         for rule in golden.rules:
             about = f"packed in 3 rows; positions {rule}"
             yield Row("embeddings", where, largest[f"embeddings {rule}"], 1e-5, about)
+
+
+def mini_qwen2_vl() -> Iterator[Row]:
+    """Embeddings by the model and in transformers, both from one folder; needs torch."""
+    import test_backbones_torch as suite
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        largest, count = suite.small_qwen2_vl(Path(folder))
+    about = f"{count} inputs, against transformers {transformers.__version__} as it runs"
+    yield Row("embeddings", "none: models/qwen2_vl/mini.py", largest, 1e-5, about)
