@@ -4,7 +4,7 @@
 # make test-fast  the same without the slow ones
 # make test-long  the same with the repetitions on other kinds of training and other meshes
 # make test-torch what needs torch, transformers' models and peft; in an environment of its own
-# make test-old-peft  our adapters in PEFT 0.11 and 0.13, each in an environment of its own
+# make test-old-peft  our exports in PEFT 0.11 and 0.13 and the transformers of their time; likewise
 # make test-mteb  our exports in sentence-transformers, our models in mteb; likewise
 # make test-optional  those that need ray, lancedb and faiss, in an environment of their own
 # make bench      measure on the device that is here: a table, and a file in benchmarks/results

@@ -8,6 +8,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from backbone_goldens import GOLDENS, VARIANTS
 from full_disk import small_disk
 from safetensors.numpy import load_file
 
@@ -16,6 +17,7 @@ from vlm2vec_jax.embedder import Embedder
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.export import size_of
 from vlm2vec_jax.flags import call
+from vlm2vec_jax.models.loading import abstract_model
 from vlm2vec_jax.models.phi3v import backbone
 from vlm2vec_jax.training.prompts import common_prompt, prompts_of
 from vlm2vec_jax.weights.safetensors import Checkpoint, write
@@ -280,3 +282,22 @@ def test_exports_are_used_without_another_word(goldens, adapter, tmp_path):
         assert after[name] == record[name]
     assert after["run"] == "abc" and after["exported"]["adapter"]["target_modules"]
     assert after["base"]["identity"]
+
+
+@pytest.mark.parametrize("backbone, place", [(b, p) for b in VARIANTS for p in (0, 1)])
+def test_settings_are_written_for_both_generations(backbone, place, tmp_path):
+    """What transformers 5 saved is said as 4.46 has it, and means the same; what 4.46 had stays."""
+    folder = GOLDENS / backbone / VARIANTS[backbone][place]
+    model = abstract_model(folder)
+    before = json.loads((folder / "config.json").read_text())
+    if model.table.settings is None:
+        assert backbone == "qwen3_vl"  # which 4.46 does not have
+        return
+    written = model.table.settings(before)
+    assert (written == before) == ("dtype" not in before)
+    assert "rope_parameters" not in {**written, **written.get("text_config", {})}
+    assert ("text_config" in written) == (backbone == "llava_next")
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    for other in folder.glob("*processor*.json"):
+        shutil.copy(other, tmp_path)
+    assert model.backbone.read_config(tmp_path) == model.config

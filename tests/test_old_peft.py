@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our PEFT exports in the oldest PEFT that they are written for, and one between.
+"""Our exports in old libraries: adapters in the oldest PEFT that they are written for, and one
+between; full models in the transformers of that time.
 
 `make test-old-peft` sets up an environment for each (tests/tools/peft-*.txt) and names their
 pythons in OLD_PEFT, with colons between. transformers 4.4x goes with them, so adapters have the
@@ -14,12 +15,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backbone_goldens import GOLDENS, VARIANTS, arrays, cases
 from golden_batches import load_npz
 from safetensors.numpy import load_file
 from test_torch import MODEL, NAMES, largest, our_states, said
 from test_weights_forms import uneven, write_adapter
 
-from vlm2vec_jax.models.loading import add_adapter, load_model, replace_saved
+from vlm2vec_jax.models.loading import abstract_model, add_adapter, load_model, replace_saved
 from vlm2vec_jax.models.phi3v import config as phi3v_config
 from vlm2vec_jax.models.phi3v.weights import table as phi3v_table
 from vlm2vec_jax.weights.adapters import load_adapter, merge
@@ -28,6 +30,7 @@ from vlm2vec_jax.weights.load import load_host
 from vlm2vec_jax.weights.safetensors import Checkpoint
 
 TOOL = Path(__file__).parent / "tools" / "old_peft.py"
+FULL = TOOL.with_name("old_transformers.py")
 PYTHONS = [name for name in os.environ.get("OLD_PEFT", "").split(":") if name]
 UNEVEN = ["uneven_lora", "uneven_dora"]
 pytestmark = [
@@ -69,15 +72,19 @@ def theirs(request, exports, tmp_path_factory):
     """What that python's peft makes of all exports: array by name."""
     folder, _, _, full, inputs, adapters = exports
     file = tmp_path_factory.mktemp("theirs") / "out.npz"
-    command = [request.param, TOOL, folder, full, inputs, file, *(e for _, e in adapters.values())]
-    # Without this process's PYTHONPATH, which may name packages of another environment.
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_by(request.param, TOOL, folder, full, inputs, file, *(e for _, e in adapters.values()))
     found = load_npz(file)
     versions = json.loads(str(found.pop("versions")))
     print(f"\nMEASURED with {versions}")
     return versions, found
+
+
+def run_by(python, *arguments):
+    # Without this process's PYTHONPATH, which may name packages of another environment.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    command = list(map(str, (python, *arguments)))
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def under(found, prefix):
@@ -122,3 +129,42 @@ def test_old_peft_loads_our_adapters(exports, theirs, goldens, name):
         gaps.append(float(np.abs(own - value).max()))
     said(f"merged weights, {label}", max(gaps))
     assert max(gaps) < 2e-6
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_old_transformers_loads_full_exports_whole(python, tmp_path):
+    """Qwen2-VL and LLaVA-NeXT, which that generation has; in both forms of every tiny one."""
+    classes = {
+        "qwen2_vl": "Qwen2VLForConditionalGeneration",
+        "llava_next": "LlavaNextForConditionalGeneration",
+    }
+    models, ids, wanted, tensors = [], {}, {}, {}
+    for backbone, cls in classes.items():
+        for variant in VARIANTS[backbone]:
+            folder, name = GOLDENS / backbone / variant, f"{backbone}_{variant}"
+            table = abstract_model(folder).table
+            with Checkpoint(folder) as checkpoint:
+                leaves = load_host(checkpoint, table)
+            out = export_hf(leaves, table, folder, tmp_path / name, record={})
+            models.append(f"{cls}={out}")
+            text = cases(backbone, variant)[0]
+            ids[name] = np.asarray(text["ids"], np.int64)
+            wanted[name] = arrays(backbone, variant)["text/embedding/sequential"]
+            tensors[name] = load_file(out / "model.safetensors")
+    np.savez(tmp_path / "inputs.npz", **ids)
+    run_by(python, FULL, tmp_path / "out.npz", tmp_path / "inputs.npz", *models)
+    found = load_npz(tmp_path / "out.npz")
+    versions = json.loads(str(found["versions"]))
+    loaded = [name for name in ids if f"{name}/states" in found]
+    assert [name for name in ids if name.startswith("llava_next")] == [
+        name for name in loaded if name.startswith("llava_next")
+    ]
+    for name in loaded:
+        problems = json.loads(str(found[f"{name}/said"]))
+        assert not any(problems.values()), (name, problems)
+        for key, tensor in tensors[name].items():
+            np.testing.assert_array_equal(found[f"{name}/tensors/{key}"], tensor, key)
+        last = found[f"{name}/states"][-1]
+        gap = largest([last / np.linalg.norm(last)], [wanted[name]])
+        said(f"embedding of a text, {name} in transformers {versions['transformers']}", gap)
+        assert gap < 1e-5

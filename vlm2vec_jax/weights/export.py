@@ -57,7 +57,8 @@ def export_hf(
         except those in `from_source`; adapter leaves are refused (see `export_merged`).
       table: the backbone's name table.
       source: HF folder of the base model: `config.json` (every field is kept, only the recorded
-        element type follows `dtype`), tokenizer, processor, code and licence files are copied.
+        element type follows `dtype`, and `Table.settings` the names), tokenizer, processor, code
+        and licence files are copied.
       output: the folder to write.
       record: contents of `vlm2vec.json`.
       dtype: element type of all weights; None is what each tensor has in `source`.
@@ -263,7 +264,7 @@ def _export(
     with Checkpoint(source) as checkpoint, staged(output, force=force) as folder:
         write(folder, _tensors(job, checkpoint, written), shard_bytes=job.shard_bytes)
         copy_files(source, folder)
-        _record_dtype(source, folder, written)
+        _write_settings(source, folder, written, job.table)
         _write_json(folder / RECORD, record)
         for put in extra:
             put(folder)
@@ -353,16 +354,18 @@ def copy_files(source: Path, folder: Path, *, adapter: bool = False) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _record_dtype(source: Path, folder: Path, kinds: Collection[str]) -> None:
-    """Let config.json say the type of the weights; the file stays as it is where it does.
+def _write_settings(source: Path, folder: Path, kinds: Collection[str], table: Table) -> None:
+    """Let config.json fit names and type of the weights; the file stays as it is where it does.
 
     Weights of several types are left to what the source says of them.
     """
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    before = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = dict(before) if table.settings is None else table.settings(before)
     # transformers 5 renamed the field; say it the way the source does.
     field = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
     if len(kinds) == 1 and config.get(field) not in kinds:
         config[field] = next(iter(kinds))
+    if config != before:
         _write_json(folder / "config.json", config)
 
 

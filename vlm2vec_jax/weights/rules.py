@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -164,6 +165,8 @@ class Table:
       layouts: transformers generation -> (regular expression, replacement) pairs, applied one
         after another, from the names of this table to the module names of that generation.
         Adapters are written for a generation; full models always have this table's names.
+      settings: from a model's `config.json` to what is written beside these names, so that the
+        generation that has them reads it as well as the newest; None where the source's is both.
 
     Raises:
       ValueError: on construction, if an HF name or a leaf occurs twice, or an alias or a tie
@@ -177,6 +180,7 @@ class Table:
     heads: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     layouts: Mapping[str, tuple[tuple[str, str], ...]] = dataclasses.field(default_factory=dict)
+    settings: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}

@@ -10,7 +10,7 @@ head.
 from __future__ import annotations
 
 from vlm2vec_jax.models.llava_next.config import LlavaNextConfig
-from vlm2vec_jax.models.shared import names
+from vlm2vec_jax.models.shared import names, old_settings
 from vlm2vec_jax.models.shared.names import TRANSPOSED
 from vlm2vec_jax.weights.rules import Alias, Rule, Skip, Table
 
@@ -63,4 +63,5 @@ def table(config: LlavaNextConfig) -> Table:
                 (r"^(?=multi_modal_projector\.|image_newline)", "model."),
             ),
         },
+        settings=old_settings.nested,
     )

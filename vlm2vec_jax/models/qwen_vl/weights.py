@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from vlm2vec_jax.models.qwen_vl.config import QwenVLConfig
 from vlm2vec_jax.models.qwen_vl.vision import spans
-from vlm2vec_jax.models.shared import names
+from vlm2vec_jax.models.shared import names, old_settings
 from vlm2vec_jax.weights.rules import Alias, Rule, Skip, Table
 
 CONVOLUTION = (2, 3, 4, 1, 0)
@@ -43,6 +43,7 @@ def old_names(config: QwenVLConfig, vision: list[Rule]) -> Table:
         layouts={
             "5": ((r"^model\.", "model.language_model."), (r"^visual\.", "model.visual.")),
         },
+        settings=old_settings.flat,
     )
 
 
@@ -61,7 +62,9 @@ def new_names(config: QwenVLConfig, vision: list[Rule]) -> Table:
     )
 
 
-def _table(config: QwenVLConfig, vision: list[Rule], prefix: str, renames, layouts) -> Table:
+def _table(
+    config: QwenVLConfig, vision: list[Rule], prefix: str, renames, layouts, settings=None
+) -> Table:
     tied = config.tie_word_embeddings
     rules = [Rule(f"{prefix}.embed_tokens.weight", "embed/table")]
     rules += names.decoder(prefix, config.text.decoder) + vision
@@ -75,6 +78,7 @@ def _table(config: QwenVLConfig, vision: list[Rule], prefix: str, renames, layou
         heads=("lm_head",),
         optional=() if tied else ("lm_head.weight",),
         layouts=layouts,
+        settings=settings,
     )
 
 
