@@ -54,8 +54,8 @@ def write_mmeb_like(pictures: Path, output: Path, queries: int, seed: int = 0) -
         folder.mkdir(parents=True)
         named = {"": ""}
         for image in sorted({*images, *(i for row in list_images for i in row)} - {""}):
-            named[image] = f"{subset}/{len(named)}.png"
-            shutil.copyfile(image, output / "eval_images" / named[image])
+            named[image] = f"eval_images/{subset}/{len(named)}.png"
+            shutil.copyfile(image, output / named[image])
         strings = pa.list_(pa.string())
         table = pa.table(
             {

@@ -33,12 +33,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 from flax import nnx
 from PIL import Image
 
 from benchmarks import image_path
 from benchmarks.reference_shaped import REFERENCE, embed, right_padded
-from vlm2vec_jax.data.mmeb import open_eval, to_input
+from vlm2vec_jax.data.source import to_input
 from vlm2vec_jax.inputs import EncodedInput, VisualLayout
 from vlm2vec_jax.models.phi3v.hd_transform import (
     SHARED_FEATURES,
@@ -77,6 +78,7 @@ class ReferenceProcessor(Phi3VProcessor):
         return made
 
     def _image(self, image) -> ImageParts:
+        assert not isinstance(image, Image.Image)
         with Image.open(image) as opened:
             rgb = opened.convert("RGB")
         made = image_path.process(rgb, self._num_crops, self._crop)
@@ -110,20 +112,16 @@ class Loop:
     def __call__(self, output: Path) -> dict[str, list]:
         """Evaluate; the predicted keys of each subset, also left in `output`."""
         order, self.embedded = random.Random(self._seed), 0
-        sources = list(open_eval(self._data))
-        for source in sources:
-            rows = [source[n] for n in range(len(source))]
-            for side, keys in (
-                ("qry", {row.query_key for row in rows}),
-                ("tgt", {key for row in rows for key in row.target_keys}),
-            ):
+        files = {f.parent.name: f for f in sorted(self._data.glob("*/test-*.parquet"))}
+        for subset, file in files.items():
+            for side, keys in zip(("qry", "tgt"), _distinct(_rows(file)), strict=True):
                 pairs = sorted(keys)  # a set's own order would differ from run to run
                 order.shuffle(pairs)
-                vectors = self._embed(pairs, source.image_root)
+                vectors = self._embed(pairs, self._data)
                 self.embedded += len(pairs)
-                np.save(output / f"{source.subset}_{side}.npy", vectors)
-                (output / f"{source.subset}_{side}.json").write_text(json.dumps(pairs))
-        return {source.subset: _score(source, output) for source in sources}
+                np.save(output / f"{subset}_{side}.npy", vectors)
+                (output / f"{subset}_{side}.json").write_text(json.dumps(pairs))
+        return {subset: _score(subset, _rows(file), output) for subset, file in files.items()}
 
     def _embed(self, pairs: Sequence[tuple[str, str]], root: Path) -> np.ndarray:
         out = []
@@ -139,24 +137,38 @@ class Loop:
         return np.concatenate(out)
 
 
-def _score(source, folder: Path) -> list[tuple[str, str]]:
+def _rows(file: Path) -> list[dict]:
+    return pq.read_table(file).to_pylist()
+
+
+def _distinct(rows: list[dict]) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """Pairs of queries and of targets."""
+    queries = {(row["qry_text"], row["qry_img_path"]) for row in rows}
+    return queries, {key for row in rows for key in _candidates(row)}
+
+
+def _candidates(row: dict) -> list[tuple[str, str]]:
+    return list(zip(row["tgt_text"], row["tgt_img_path"], strict=True))
+
+
+def _score(subset: str, rows: list[dict], folder: Path) -> list[tuple[str, str]]:
     """Predicted keys of a subset, from its files."""
     vectors = {}
     for side in ("qry", "tgt"):
-        keys = json.loads((folder / f"{source.subset}_{side}.json").read_text())
-        matrix = np.load(folder / f"{source.subset}_{side}.npy")
+        keys = json.loads((folder / f"{subset}_{side}.json").read_text())
+        matrix = np.load(folder / f"{subset}_{side}.npy")
         vectors[side] = {tuple(k): v for k, v in zip(keys, matrix, strict=True)}
     predicted, correct = [], 0
-    for n in range(len(source)):
-        row = source[n]
-        query = vectors["qry"][row.query_key]
-        targets = np.stack([vectors["tgt"][key] for key in row.target_keys])
+    for row in rows:
+        query = vectors["qry"][row["qry_text"], row["qry_img_path"]]
+        candidates = _candidates(row)
+        targets = np.stack([vectors["tgt"][key] for key in candidates])
         scores = (targets @ query) / (np.linalg.norm(targets, axis=1) * np.linalg.norm(query))
         best = int(np.argmax(scores))
         correct += best == 0
-        predicted.append(row.target_keys[best])
+        predicted.append(candidates[best])
     lines = "\n".join(json.dumps(key) for key in predicted)
-    (folder / f"{source.subset}_pred.txt").write_text(lines)
+    (folder / f"{subset}_pred.txt").write_text(lines)
     score = {"acc": correct / len(predicted), "num_correct": correct, "num_pred": len(predicted)}
-    (folder / f"{source.subset}_score.json").write_text(json.dumps(score))
+    (folder / f"{subset}_score.json").write_text(json.dumps(score))
     return predicted
