@@ -12,14 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from simulated import CHEAP, COUNT
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-# Nearly all of a test's time is compilation, and float32 on a CPU gains little from more of it.
-for _flag, _value in (
-    ("--xla_force_host_platform_device_count", 8),
-    ("--xla_backend_optimization_level", 0),
-    ("--xla_cpu_use_fusion_emitters", "false"),
-):
+for _flag, _value in {COUNT: "8", **CHEAP}.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -32,6 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import simulated  # noqa: E402
 from training_tools import mini_model  # noqa: E402
 
 EXACT = ("step", "loss", "grad_norm", "lr", "accuracy", "membership", "real_tokens")
@@ -71,12 +72,12 @@ class Ground:
             **more,
         }
         flags = [f"--config.{name}={value}" for name, value in values.items()]
+        flags_of_xla = {simulated.COUNT: int(np.prod(mesh)), **simulated.CHEAP}
         env = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={int(np.prod(mesh))} "
-            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+            "XLA_FLAGS": " ".join(f"{name}={value}" for name, value in flags_of_xla.items()),
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
