@@ -19,7 +19,7 @@ and machines, alone or behind a comma, which set the mesh:
     configs/mmeb.py:h100-8, configs/mmeb.py:lora,h200-1
 
 `python -m vlm2vec_jax.compile` checks one without the machine; docs/compile/ has its reports.
-Checked are lora,v5e-64 and full,v5p-32; the others are worked out from sizes (`PRESETS`).
+Checked is LoRA on the three TPU slices; the others are worked out from sizes (`PRESETS`).
 
 Expect two folders to be read (a model folder in Hugging Face layout and MMEB-train as it is on
 the hub, images unpacked under it), and a start-up page that names mesh, trained parameters, batch
@@ -89,7 +89,9 @@ PRESETS = {
     "v5e-64": Preset(
         (8, 8), (1, 64), "LoRA compiled (docs/compile/lora_v5e-64.txt); else unchecked"
     ),
-    "v5p-32": Preset((16, 1), (1, 16), "LoRA and full fine-tuning compiled (docs/compile)"),
+    "v5p-32": Preset(
+        (16, 1), (1, 16), "LoRA compiled (docs/compile/lora_v5p-32.txt), full in smaller chunks"
+    ),
     "v6e-16": Preset(
         (16, 1), (1, 16), "LoRA compiled (docs/compile/lora_v6e-16.txt); else unchecked"
     ),

@@ -15,7 +15,7 @@ from vlm2vec_jax.compile import read_topology
 from vlm2vec_jax.config import AdapterConfig, Config, DataConfig, ModelConfig
 from vlm2vec_jax.errors import UserError
 from vlm2vec_jax.parallel import mesh
-from vlm2vec_jax.training import plan
+from vlm2vec_jax.training import plan, plan_words
 from vlm2vec_jax.training.chunk_search import Trial, largest, search
 
 
@@ -52,9 +52,11 @@ def test_memory_out_of_the_compilers_refusal():
 
 def test_verdict():
     report = {"peak_bytes_per_chip": 8, "hbm_bytes_per_chip": 16, "fits": True}
-    assert plan.verdict(report) == "it fits: 50% of a chip's memory"
+    assert plan_words.verdict(report) == "it fits: 50% of a chip's memory"
     report |= {"peak_bytes_per_chip": 24, "fits": False}
-    assert "does not fit: 150%" in plan.verdict(report) and "mesh.fsdp" in plan.verdict(report)
+    assert "does not fit: 150%" in plan_words.verdict(report) and "mesh.fsdp" in plan_words.verdict(
+        report
+    )
 
 
 def test_mistakes_end_with_a_sentence(repository):
@@ -161,9 +163,9 @@ def test_a_search_packs_as_a_run_would(monkeypatch):
     row = max(g["tokens"] for g in report["groups"])
     assert best == 18_867 // row * row
     assert len(set(compiled)) == len(compiled)  # nothing is compiled twice
-    (said,) = [words for subject, words in plan.words(report) if subject == "chunk"]
+    (said,) = [words for subject, words in plan_words.words(report) if subject == "chunk"]
     assert "compiled and found to fit" in said and f"{best:,}" in said
     estimate = plan.check(config, mesh.make_mesh(1, 8, 1), hbm)
     assert not estimate["searched"] and "search" not in estimate
-    (said,) = [words for subject, words in plan.words(estimate) if subject == "chunk"]
+    (said,) = [words for subject, words in plan_words.words(estimate) if subject == "chunk"]
     assert "estimated" in said

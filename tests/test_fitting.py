@@ -25,7 +25,7 @@ from vlm2vec_jax.training import aot, fitting, plan, setup
 from vlm2vec_jax.training.assumed import Mix
 
 GB = 10**9
-KEPT = ("none none", "none full", "dots dots", "dots full", "full full")
+KEPT = ("none none", "dots dots", "none full", "dots full", "full full")
 
 
 def configuration(**fields) -> Config:

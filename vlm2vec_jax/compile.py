@@ -68,7 +68,7 @@ def main(args: Any) -> None:
     import jax
 
     from vlm2vec_jax.parallel.mesh import make_mesh
-    from vlm2vec_jax.training import plan
+    from vlm2vec_jax.training import plan, plan_words
 
     # Programs out of a cache have no text, and their compiling costs nothing that could be told.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -78,7 +78,7 @@ def main(args: Any) -> None:
     found = plan.check(config, mesh, hbm, search_chunk=args.search_chunk)
     report = {"topology": args.topology, "versions": versions(), **found}
     told = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    for name, words in [("topology", args.topology), ("versions", told), *plan.words(report)]:
+    for name, words in [("topology", args.topology), ("versions", told), *plan_words.words(report)]:
         print(f"{name:12}{words}")
     print(f"\n{report.pop('sharding')}")
     if args.json:

@@ -142,8 +142,9 @@ def _kernel(heads, queries, keys, block_q, block_kv, causal, window, interpret):
         block_q_dkv=block_q,
         block_kv_dkv=block_kv,
         block_kv_dkv_compute=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
+        # Logits and their gradient once for q, k and v: five products a block where two kernels
+        # have seven.
+        use_fused_bwd_kernel=True,
     )
 
     def make():

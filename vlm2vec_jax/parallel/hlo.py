@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 KINDS = (
@@ -31,6 +31,8 @@ _BITS = {
     **{"f8e4m3fn": 8, "f8e5m2": 8},
 }
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
 _CALLS = re.compile(
@@ -93,38 +95,99 @@ class Collective:
         return f"{self.kind} {arrays}{around if self.loops else ''} ({self.source})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A line of a compiled program, in its place.
+
+    Attributes:
+      line: whole, with its attributes.
+      opcode: such as `fusion`.
+      loops: trip counts of the loops around it, outermost first; None where nobody knows.
+      beside: the lines of its computation by name.
+    """
+
+    line: str
+    opcode: str
+    loops: tuple[int | None, ...]
+    beside: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What other operations call it."""
+        return _name(self.line)
+
+    @property
+    def result(self) -> tuple[Array, ...]:
+        """Its arrays."""
+        return _result(self.line, self.opcode)
+
+    @property
+    def operands(self) -> list[tuple[Array, ...]]:
+        """The arrays of each thing that it takes."""
+        inside = self.line.split(f" {self.opcode}(", 1)[1].split(")", 1)[0]
+        lines = [self.beside[name] for name in _NAME.findall(inside)]
+        return [_result(line, _opcode(line)) for line in lines]
+
+    @property
+    def source(self) -> str:
+        """The jax operation that it came from; "" if nobody knows."""
+        found = _SOURCE.search(self.line)
+        return found.group(1) if found else ""
+
+
+def walk(
+    text: str,
+    visit: Callable[[Operation], bool | None],
+    runs: Callable[[str], int | None] = lambda line: None,
+) -> None:
+    """Go through a compiled program from its entry, once for each way to get somewhere.
+
+    Args:
+      text: of the program.
+      visit: called with every operation; True keeps out of what that one calls.
+      runs: the line of a loop whose count the program does not say -> how often it runs.
+    """
+    bodies, entry = _computations(text)
+    beside = {name: {_name(line): line for line in lines} for name, lines in bodies.items()}
+
+    def through(name: str, loops: tuple[int | None, ...]) -> None:
+        for line in bodies.get(name, ()):
+            op = Operation(line, _opcode(line), loops, beside[name])
+            if visit(op):
+                continue
+            around = loops
+            if op.opcode == "while":
+                trips = _trips(line, bodies)
+                around = (*loops, runs(line) if trips is None else trips)
+            for called in _called(line):
+                through(called, around)
+
+    through(entry, ())
+
+
 def collectives(program: Any) -> list[Collective]:
     """The collectives of a compiled program, in the order of its text.
 
     Args:
       program: `jax.jit(...).lower(...).compile()`, or its text.
     """
-    text = program if isinstance(program, str) else program.as_text()
-    bodies, entry = _computations(text)
     found: list[Collective] = []
     seen: set[tuple] = set()
 
-    def walk(name: str, loops: tuple[int | None, ...]) -> None:
-        for line in bodies.get(name, ()):
-            opcode = _opcode(line)
-            kind = opcode.removesuffix("-start")
-            if kind in KINDS:
-                source, channel = _SOURCE.search(line), _CHANNEL.search(line)
-                words = source.group(1) if source else ""
-                # A TPU writes an asynchronous collective once more into each fusion that it
-                # overlaps, be it inside a loop; the channel is the same, and the start comes first.
-                same = (kind, channel.group(1) if channel else (line, loops))
-                if same not in seen:
-                    found.append(Collective(kind, _result(line, opcode), loops, words))
-                seen.add(same)
-                continue  # what it calls is the sum of two numbers
-            around = loops
-            if opcode == "while":
-                around = (*loops, _trips(line, bodies))
-            for called in _called(line):
-                walk(called, around)
+    def visit(op: Operation) -> bool:
+        kind = op.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            return False
+        channel = _CHANNEL.search(op.line)
+        # A TPU writes an asynchronous collective once more into each fusion that it overlaps, be
+        # it inside a loop; the channel is the same, and the start comes first.
+        same = (kind, channel.group(1) if channel else (op.line, op.loops))
+        if same not in seen:
+            found.append(Collective(kind, op.result, op.loops, op.source))
+        seen.add(same)
+        return True  # what it calls is the sum of two numbers
 
-    walk(entry, ())
+    walk(program if isinstance(program, str) else program.as_text(), visit)
     return found
 
 
@@ -157,8 +220,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             entry = name if header.group(1) else entry
         elif line.rstrip() == "}":  # a kernel's metadata has lines that only begin so
             name = None
-        elif name is not None and " = " in line:
+        elif name is not None and _LINE.match(line):
             bodies[name].append(line)
+        elif name is not None and bodies[name]:  # the rest of that metadata
+            bodies[name][-1] += line
     return bodies, entry
 
 
@@ -182,18 +247,28 @@ def _opcode(line: str) -> str:
     return found.group(1) if found else ""
 
 
+def _name(line: str) -> str:
+    found = _LINE.match(line)
+    return found.group(1) if found else ""
+
+
+def arrays(text: str) -> tuple[Array, ...]:
+    """The arrays that a text names, such as the type of a result, in order."""
+    return tuple(
+        Array(dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", text))
+    )
+
+
 def _result(line: str, opcode: str) -> tuple[Array, ...]:
     """Arrays of the result; of an asynchronous start, which lists operands too, the results."""
     shown = line.split(" = ", 1)[1].split(f" {opcode}(", 1)[0]
-    arrays = [
-        Array(dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", shown))
-    ]
+    found = arrays(shown)
     if opcode == "all-gather-start":
-        arrays = arrays[len(arrays) // 2 :]
-    elif opcode == "collective-permute-start":
-        arrays = arrays[len(arrays) // 2 :][:1] if len(arrays) <= 2 else arrays[1:2]
-    return tuple(arrays)
+        return found[len(found) // 2 :]
+    if opcode == "collective-permute-start":
+        return found[len(found) // 2 :][:1] if len(found) <= 2 else found[1:2]
+    return found
 
 
 def _called(line: str) -> list[str]:

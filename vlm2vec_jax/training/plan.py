@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from vlm2vec_jax.config import Config, processor_options
 from vlm2vec_jax.models.loading import Model, abstract_model
 from vlm2vec_jax.packing import ChunkShape
-from vlm2vec_jax.parallel import hlo
+from vlm2vec_jax.parallel import hlo, products
 from vlm2vec_jax.parallel.mesh import describe, row_shards
 from vlm2vec_jax.training import aot, fitting, setup
 from vlm2vec_jax.training.assumed import Mix
@@ -30,7 +30,8 @@ class Shapes:
     """The packed shapes of a batch.
 
     Attributes:
-      chunks: per group; the capacity is what this batch uses.
+      chunks: per group; the capacity has room for more than this batch uses.
+      used: chunks that this batch uses, per group.
       cached: GradCache, or the batch in one piece.
       chunk_tokens: tokens of a chunk over all chips; 0 without GradCache.
       token_share: real tokens among those computed.
@@ -38,6 +39,7 @@ class Shapes:
     """
 
     chunks: tuple[ChunkShape, ...]
+    used: tuple[int, ...]
     cached: bool
     chunk_tokens: int
     token_share: float
@@ -75,6 +77,7 @@ def shapes(config: Config, model: Model, sizes: list[Size], shards: int) -> Shap
     planned, chunks = packer.arrange(sizes)
     return Shapes(
         tuple(chunk.shape for chunk in chunks),
+        tuple(len(chunk.chunks) for chunk in chunks),
         packer.cached,
         0 if plain else chunk_tokens,
         planned.token_share,
@@ -131,7 +134,10 @@ def check(
         # Chunks are made of whole rows, so that two sizes may be one program.
         if (packed.chunks, spec) not in known:
             known[packed.chunks, spec] = _compiled(
-                lambda how: aot.compile_step(trainer, spec, batch, how), mesh, hbm
+                lambda how: aot.compile_step(trainer, spec, batch, how),
+                mesh,
+                hbm,
+                lambda line: chunks_run(line, packed, shards),
             )
         return packed, spec, known[packed.chunks, spec]
 
@@ -150,6 +156,7 @@ def check(
     trained, frozen = trainer.sizes()
     report = {
         "mesh": describe(mesh),
+        "chips": mesh.size,
         "assumptions": Mix().words(),
         "batch_size": config.batch_size,
         "grad_cache": packed.cached,
@@ -158,7 +165,8 @@ def check(
         "remat": spec.compute.remat,
         "remat_vision": spec.compute.vision.remat,
         "groups": [
-            {"chunks": c.chunks, "rows": c.rows, **dataclasses.asdict(c.row)} for c in packed.chunks
+            {"chunks": c.chunks, "used": used, "rows": c.rows, **dataclasses.asdict(c.row)}
+            for c, used in zip(packed.chunks, packed.used, strict=True)
         ],
         "real_tokens": packed.token_share,
         "real_units": packed.unit_share,
@@ -170,6 +178,7 @@ def check(
         "hbm_bytes_per_chip": hbm,
     }
     report |= found
+    report |= compared(config, model, sizes, spec, report)
     report["largest_chunk_tokens"] = largest_chunk(report, shards)
     report["searched"] = search_chunk and packed.cached
     if report["searched"]:
@@ -213,11 +222,58 @@ def _searched(
     }
 
 
-def _compiled(build: Callable[[dict[str, Any]], Any], mesh: Mesh, hbm: int) -> dict[str, Any]:
+def chunks_run(line: str, packed: Shapes, shards: int) -> int | None:
+    """How often a loop over the chunks of a group runs: by the group's tokens, which it carries."""
+    for shape, used in zip(packed.chunks, packed.used, strict=True):
+        if f"s32[{shape.chunks},{shape.rows // shards},{shape.row.tokens}]" in line:
+            return used
+    return None
+
+
+def passes(config: Config, cached: bool) -> int:
+    """Forward passes' worth of FLOPs that a step makes, the layers' products of a token alone.
+
+    A gradient costs one for what activations need and one for weights, where all are trained; with
+    GradCache all is embedded once more, and what is recomputed once more again.
+    """
+    full = config.adapter.type == "none"
+    return 2 + full + cached + (config.remat == "full")
+
+
+def compared(
+    config: Config, model: Model, sizes: list[Size], spec: StepSpec, report: dict[str, Any]
+) -> dict[str, Any]:
+    """FLOPs of the compiled step against those that the real tokens need, per chip.
+
+    Attention is told apart: kernels compute whole blocks of a row, and so pairs of tokens that do
+    not see each other.
+    """
+    if "flops" not in report:
+        return {}
+    chips = report["chips"]
+    forward = sum(model.backbone.flops(model.config, *size) for size in sizes) / chips
+    wanted = forward * passes(config, spec.cached)
+    executed = report["flops"]["products"] + report["flops"]["attention"]
+    return {
+        "flops": report["flops"]
+        | {
+            "passes": passes(config, spec.cached),
+            "useful": wanted,
+            "executed_over_useful": executed / wanted,
+        }
+    }
+
+
+def _compiled(
+    build: Callable[[dict[str, Any]], Any],
+    mesh: Mesh,
+    hbm: int,
+    runs: Callable[[str], int | None] = lambda line: None,
+) -> dict[str, Any]:
     """`measure` of what `build` compiles, also where the compiler refuses for lack of memory."""
     started = time.process_time()
     try:
-        found = measure(*aot.with_text(build, mesh), hbm)
+        found = measure(*aot.with_text(build, mesh), hbm, runs)
     except jax.errors.JaxRuntimeError as error:
         needed = memory_refused(str(error))
         if needed is None:
@@ -252,8 +308,20 @@ def memory_parts(compiled: Any) -> dict[str, int]:
     }
 
 
-def measure(compiled: Any, text: str, hbm: int) -> dict[str, Any]:
-    """Memory and collectives of a compiled program, the latter from its text."""
+def measure(
+    compiled: Any,
+    text: str,
+    hbm: int,
+    runs: Callable[[str], int | None] = lambda line: None,
+) -> dict[str, Any]:
+    """Memory, collectives and FLOPs of a compiled program, the last two from its text.
+
+    Args:
+      compiled: the program.
+      text: of it (`aot.with_text`).
+      hbm: bytes of a chip.
+      runs: see `products.products`.
+    """
     parts = memory_parts(compiled)
     peak = int(sum(parts.values()))
     found = hlo.collectives(text)
@@ -264,6 +332,7 @@ def measure(compiled: Any, text: str, hbm: int) -> dict[str, Any]:
         "memory": parts,
         "collectives": hlo.by_kind(found),
         "largest_collectives": [str(op) for op in heaviest],
+        "flops": products.flops(text, runs),
     }
 
 
@@ -273,85 +342,3 @@ def memory_refused(message: str) -> int | None:
     if found is None:
         return None
     return int(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " "))
-
-
-def words(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The report as (subject, words)."""
-    peak, hbm = report["peak_bytes_per_chip"], report["hbm_bytes_per_chip"]
-    how = f"GradCache, chunks of {report['chunk_tokens']:,} tokens over all chips"
-    lines = [
-        ("mesh", report["mesh"]),
-        ("mixture", report["assumptions"]),
-        (
-            "parameters",
-            f"{report['parameters_trained']:,} trained, {report['parameters_frozen']:,} frozen",
-        ),
-        (
-            "batch",
-            f"{report['batch_size']} pairs; {how if report['grad_cache'] else 'all at once'}; "
-            f"{report['real_tokens']:.0%} of tokens and {report['real_units']:.0%} of visual units "
-            f"real",
-        ),
-    ]
-    lines += [
-        (
-            "",
-            f"{g['chunks']} chunks of {g['rows']} rows of {g['tokens']} tokens, "
-            f"{g['units']} visual units, {g['sequences']} sequences",
-        )
-        for g in report["groups"]
-    ]
-    kept = report["remat"]
-    if report["remat_vision"] != kept:
-        kept += f", in the vision tower {report['remat_vision']}"
-    lines.append(("remat", kept))
-    if report["chosen"]:
-        lines.append(("chosen", report["chosen"]))
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in report.get("memory", {}).items())
-    lines.append(
-        (
-            "memory",
-            f"{peak / 1e9:.2f} of {hbm / 1e9:.2f} GB per chip{f' ({parts})' if parts else ''}",
-        )
-    )
-    for place, kinds in report["collectives"].items():
-        told = "; ".join(
-            f"{kind} {n['operations']} times, largest {n['largest_bytes'] / 1e6:.2f} MB, in all "
-            f"{n['total_bytes'] / 1e6:.2f} MB"
-            for kind, n in kinds.items()
-        )
-        where = (
-            "outside loops" if place == "outside" else "inside loops, one pass of each chunk loop"
-        )
-        lines.append(("collectives", f"{where}: {told or 'none'}"))
-    most = report.get("largest_chunk_tokens")
-    if most is not None:
-        how = "estimated to fit"
-        if report["searched"]:
-            how = f"compiled and found to fit, of {1 + len(report['search'])} sizes"
-        lines.append(("chunk", f"{how}: packing.chunk_tokens up to {most:,}"))
-    embedding = report.get("embedding")
-    if embedding is not None:
-        size = embedding["peak_bytes_per_chip"] / 1e9
-        lines.append(
-            (
-                "embedding",
-                f"{embedding['rows']} rows of {embedding['tokens']} tokens at a time: {size:.2f} "
-                f"GB per chip",
-            )
-        )
-    flops = report["useful_flops_per_pair"] / 1e12
-    lines.append(("FLOPs", f"{flops:.3g} TFLOP useful per pair (nothing computed twice)"))
-    lines.append(("verdict", verdict(report)))
-    return lines
-
-
-def verdict(report: dict[str, Any]) -> str:
-    """In plain words whether it fits."""
-    share = report["peak_bytes_per_chip"] / report["hbm_bytes_per_chip"]
-    if report["fits"]:
-        return f"it fits: {share:.0%} of a chip's memory"
-    return (
-        f"it does not fit: {share:.0%} of a chip's memory ({fitting.USABLE:.0%} can be used). "
-        f"Lower packing.chunk_tokens, raise mesh.fsdp, or set remat=full"
-    )
