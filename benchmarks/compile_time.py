@@ -208,7 +208,7 @@ def _real_steps(how: How) -> list[Row]:
 def programs_of_embedding(how: How) -> list[Row]:
     """Shapes of an embedder's calls over many windows of a mixture at the real sizes (planned)."""
     found = planned_calls(how, how.pick(24, 4), how.pick(2048, 200))
-    return _rows(f"shapes of {len(found)} windows of an embedder", found, WARM_UP)
+    return _rows(f"shapes of {len(found)} windows of an embedder", found, WARM_UP, must=True)
 
 
 def planned_calls(how: How, windows: int, size: int) -> list[set[Any]]:

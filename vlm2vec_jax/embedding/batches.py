@@ -28,7 +28,7 @@ _CPU_VISUAL_TOKENS = 1024
 """Of a call of rows with images on a CPU, whose cache holds the attention of one long row only."""
 _COMPILING = {"cpu": 2e11}
 """FLOPs that a device does while a program is compiled: here one thread, in one or two seconds."""
-_COMPILING_ELSEWHERE = 2e15
+_COMPILING_ELSEWHERE = 2e16
 """The same of an accelerator in half a minute, at a tenth to a half of its peak."""
 CANNOT_READ = "some inputs cannot be read"
 

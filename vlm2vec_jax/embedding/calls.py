@@ -6,7 +6,8 @@ A program that is there is taken instead of one that would fit better, until wha
 for nothing is as much work as compiling the better one (the rule of who rents skis until the rent
 has come to their price). What is compiled for one window of many, or once more for rows of the same
 length, is made with room for twice as much where that costs little beside compiling: the next will
-need a little more. So a large model on a slow device gets a program for every call, and a small one
+need a little more; the few rows of texts longer than most get rows twice as long, too, as the next
+may be longer still. So a large model on a slow device gets a program for every call, and a small one
 on a fast device only a few.
 """
 
@@ -18,10 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from vlm2vec_jax.packing import GroupPlan, RowBatch, RowShape, row_batches
 from vlm2vec_jax.row_choice import batch_rows
 
-_SPARE = 2
-"""A call may waste a so-many-th of a full call on an existing program."""
+_SPARE = 1
+"""A call may waste a so-many-th of a full call on existing programs."""
 _ROOM = 16
 """A so-many-th of a program's price may be spent on each call's room for more."""
+
+_TEXT = 32
+"""Tokens of a text, as far as room for sequences is concerned."""
 
 
 class Calls:
@@ -55,25 +59,36 @@ class Calls:
         """
         tokens = sum(len(group.rows) * group.shape.tokens for group in groups)
         few = tokens <= 3 * budget  # perhaps always the same few
-        for group in groups:
+        texts = [group for group in groups if not group.visual]
+        usual = max(texts, key=lambda g: len(g.rows)).shape.tokens if texts else 0
+        # The longest first: what is compiled for them serves shorter ones.
+        for group in sorted(groups, key=lambda g: (g.visual, -g.shape.tokens)):
+            rare = not group.visual and group.shape.tokens > usual
             most = visual_budget if group.visual and visual_budget else budget
             full = max(most // group.shape.tokens, 1)
             count = batch_rows(len(group.rows), full, multiple)
             for part in row_batches(group, count, row_multiple=multiple):
-                yield self._call(part, group.shape, full, few)
+                yield from self._calls(part, group.shape, full, few, rare)
 
-    def _call(
-        self, part: RowBatch, shape: RowShape, full: int, few: bool
-    ) -> tuple[list[list[int]], int, RowShape]:
+    def _calls(
+        self, part: RowBatch, shape: RowShape, full: int, few: bool, rare: bool
+    ) -> Iterator[tuple[list[list[int]], int, RowShape]]:
+        """The rows in one call, or in some of a program for fewer rows."""
+        size, shape = self._program(part, shape, full, few, rare)
+        for start in range(0, len(part.rows), size):
+            yield part.rows[start : start + size], size, shape
+
+    def _program(
+        self, part: RowBatch, shape: RowShape, full: int, few: bool, rare: bool
+    ) -> tuple[int, RowShape]:
         count, row = part.num_rows, self._price(shape)
         if count in self._programs.get(shape, ()):
-            return part.rows, count, shape
+            return count, shape
         others = [
-            (size * self._price(known), size, known)
+            (-(-len(part.rows) // size) * size * self._price(known), size, known)
             for known, counts in self._programs.items()
             if _holds(known, shape)
             for size in counts
-            if size >= len(part.rows)
         ]
         pays = False
         if others:
@@ -84,13 +99,18 @@ class Calls:
             pays = total > self._compiling
             if waste <= full * row / _SPARE and not pays:
                 self._wasted[wanted] = total
-                return part.rows, size, known
+                return size, known
         little = count * row <= self._compiling / _ROOM and 2 * count <= full
         again = any((k.tokens, k.units) == (shape.tokens, shape.units) for k in self._programs)
         if little and not pays and (again or not few):
-            count, shape = 2 * count, dataclasses.replace(shape, sequences=2 * shape.sequences)
+            count, tokens = 2 * count, shape.tokens
+            sequences = 2 * shape.sequences
+            if rare and not few:
+                tokens *= 2
+                sequences = max(sequences, tokens // _TEXT)
+            shape = dataclasses.replace(shape, tokens=tokens, sequences=sequences)
         self._programs.setdefault(shape, set()).add(count)
-        return part.rows, count, shape
+        return count, shape
 
 
 def _holds(known: RowShape, shape: RowShape) -> bool:
