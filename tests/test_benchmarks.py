@@ -112,6 +112,15 @@ def test_one_that_fails_keeps_no_other_from_running(monkeypatch, capsys):
     assert all(line.met is None for line in results["crops"].rows)
 
 
+@pytest.mark.parametrize("seed", [0, 4])
+def test_an_embedder_has_its_programs_early(seed):
+    from benchmarks.compile_time import WARM_UP, planned_calls
+
+    windows = planned_calls(common.How(seed=seed), 8, 2048)
+    early = set().union(*windows[:WARM_UP])
+    assert len(early) <= 5 and not set().union(*windows) - early
+
+
 def test_the_command(tmp_path, repository):
     with pytest.raises(SystemExit) as error:
         command.main(["--only", "nonsense", "--device", "cpu"])

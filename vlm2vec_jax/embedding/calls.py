@@ -7,8 +7,8 @@ for nothing is as much work as compiling the better one (the rule of who rents s
 has come to their price). What is compiled for one window of many, or once more for rows of the same
 length, is made with room for twice as much where that costs little beside compiling: the next will
 need a little more; the few rows of texts longer than most get rows twice as long, too, as the next
-may be longer still. So a large model on a slow device gets a program for every call, and a small one
-on a fast device only a few.
+may be longer still. So a large model on a slow device gets a program for every call, and a small
+one on a fast device only a few.
 """
 
 from __future__ import annotations
