@@ -8,10 +8,11 @@ import sys
 import time
 
 import pytest
-from test_train_command import compile_quickly as compile_quickly
 from test_train_command import ground as ground
 from test_train_command import log, run
 from test_train_command import whole as whole
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.mark.slow
