@@ -21,6 +21,8 @@ from vlm2vec_jax.row_choice import batch_rows
 
 _SPARE = 1
 """A call may waste a so-many-th of a full call on existing programs."""
+_SPARE_AT_FIRST = 8
+"""The same in the first window, which compiles anyway: later ones live on what it leaves."""
 _ROOM = 16
 """A so-many-th of a program's price may be spent on each call's room for more."""
 
@@ -59,6 +61,7 @@ class Calls:
         """
         tokens = sum(len(group.rows) * group.shape.tokens for group in groups)
         few = tokens <= 3 * budget  # perhaps always the same few
+        spare = _SPARE if self._programs else _SPARE_AT_FIRST
         texts = [group for group in groups if not group.visual]
         usual = max(texts, key=lambda g: len(g.rows)).shape.tokens if texts else 0
         # The longest first: what is compiled for them serves shorter ones.
@@ -68,18 +71,18 @@ class Calls:
             full = max(most // group.shape.tokens, 1)
             count = batch_rows(len(group.rows), full, multiple)
             for part in row_batches(group, count, row_multiple=multiple):
-                yield from self._calls(part, group.shape, full, few, rare)
+                yield from self._calls(part, group.shape, full, spare, few, rare)
 
     def _calls(
-        self, part: RowBatch, shape: RowShape, full: int, few: bool, rare: bool
+        self, part: RowBatch, shape: RowShape, full: int, spare: int, few: bool, rare: bool
     ) -> Iterator[tuple[list[list[int]], int, RowShape]]:
         """The rows in one call, or in some of a program for fewer rows."""
-        size, shape = self._program(part, shape, full, few, rare)
+        size, shape = self._program(part, shape, full, spare, few, rare)
         for start in range(0, len(part.rows), size):
             yield part.rows[start : start + size], size, shape
 
     def _program(
-        self, part: RowBatch, shape: RowShape, full: int, few: bool, rare: bool
+        self, part: RowBatch, shape: RowShape, full: int, spare: int, few: bool, rare: bool
     ) -> tuple[int, RowShape]:
         count, row = part.num_rows, self._price(shape)
         if count in self._programs.get(shape, ()):
@@ -97,7 +100,7 @@ class Calls:
             wanted = (shape, count)
             total = self._wasted.get(wanted, 0.0) + waste
             pays = total > self._compiling
-            if waste <= full * row / _SPARE and not pays:
+            if waste <= full * row / spare and not pays:
                 self._wasted[wanted] = total
                 return size, known
         little = count * row <= self._compiling / _ROOM and 2 * count <= full
