@@ -14,7 +14,7 @@ from vlm2vec_jax.parallel import products
 from vlm2vec_jax.training import plan
 
 KERNEL = r"""
-  %%splash_mha_%s_segmented_no_residuals.7 = (f32[4,896,96]{2,1,0}, bf16[4,32,1792,96]{3,2,1,0:T(8,128)(2,1)}) custom-call(%%q, %%k, %%v, %%s%s), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %%splash_mha_%s_segmented_no_residuals.7 = (f32[4,896,96]{2,1,0}, bf16[4,32,1792,96]{3,2,1,0:T(8,128)(2,1)}) custom-call(%%next, %%q, %%k, %%v, %%s, %%t%s), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\"block_q\": 896, \"block_kv\": 896, \"block_q_dkv\": 448, \"block_kv_dkv\": 896, \"use_fused_bwd_kernel\": %s}"
 }}, metadata={op_name="jit(f)/pallas_call"}
 """
@@ -38,13 +38,15 @@ HloModule jit_f
 }
 
 ENTRY %%main (p: s32[]) -> s32[] {
+  %%next = s8[1,2,2]{2,1,0} parameter(6)
   %%q = bf16[4,32,1792,96]{3,2,1,0} parameter(0)
   %%k = bf16[4,32,1792,96]{3,2,1,0} parameter(1)
   %%v = bf16[4,32,1792,96]{3,2,1,0} parameter(2)
   %%s = s32[4,1792,128]{2,1,0} parameter(3)
+  %%t = s32[4,8,1792]{2,1,0} parameter(7)
   %%order = s32[1792,128]{1,0} parameter(4)
   %%turned = s32[8,1792]{1,0} parameter(5)
-  %%w = (s32[], s32[6,2,128]{2,1,0:T(8,128)}) while(%%t), condition=%%condition, body=%%body
+  %%w = (s32[], s32[6,2,128]{2,1,0:T(8,128)}) while(%%start), condition=%%condition, body=%%body
 %s}
 """
 
@@ -68,6 +70,21 @@ def test_what_a_tpu_writes_is_counted():
     assert whole["products"] == found["convolution"].flops  # nobody knows: once
     # Half blocks of queries: 448 x 896 behind the diagonal, one more for the lower half.
     assert whole["attention"] == 5 * (1 + 1 + 2 + 2) * pairs / 2
+
+
+@pytest.mark.parametrize("part", ["fwd", "dkv"])
+@pytest.mark.parametrize("order", ["", ", %order"])
+def test_a_single_row_is_counted_as_one_of_several(part, order):
+    """Without an axis for rows, segments have the shapes of the places of queries."""
+    four = kernels(KERNEL % (part, order, "true"))
+    one = four.replace("[4,32,1792,", "[32,1792,").replace("{3,2,1,0", "{2,1,0")
+    one = one.replace("s32[4,1792,128]{2,1,0}", "s32[1792,128]{1,0}")
+    one = one.replace("s32[4,8,1792]{2,1,0}", "s32[8,1792]{1,0}")
+    attention = products.flops(one)["attention"]
+    assert attention == products.flops(four)["attention"] / 4 > 0
+    # Keys in fewer heads than queries: each query head still has its own products.
+    grouped = one.replace("%k = bf16[32,", "%k = bf16[4,").replace("%v = bf16[32,", "%v = bf16[4,")
+    assert grouped != one and products.flops(grouped)["attention"] == attention
 
 
 def test_a_kernel_that_is_not_known_is_not_left_out():

@@ -157,19 +157,23 @@ def _kernel(op: hlo.Operation) -> tuple[str, float]:
     if named is None:
         raise ValueError(f"{op.name}: a kernel whose FLOPs are not known")
     part = named.group(1)
-    takes = [array.shape for (array,) in op.operands]
-    (rows, heads, queries, width), (_, _, keys, _) = [s for s in takes if len(s) == 4][:2]
+    takes = [array for (array,) in op.operands]
+    # q and k are the first that are not whole numbers; a single row has no axis for rows.
+    floats = [array.shape for array in takes if array.dtype[0] not in "su"]
+    (*rows, heads, queries, width), (*_, keys, _) = floats[:2]
     said = [re.search(rf'\\"{name}\\": (\d+)', op.line) for name in _BLOCKS[part]]
     if None in said:
         raise ValueError(f"{op.name}: the blocks of the kernel are not told")
     high, wide = (int(found.group(1)) for found in said if found)
     down, across = -(-queries // high), -(-keys // wide)
     blocks = down * across
-    # The places of the queries, the same for all rows, are there if order decides what is seen.
-    if any(len(shape) == 2 and queries in shape for shape in takes):
+    # Each token's segment comes in two arrays, of queries and of keys. One more has the places of
+    # the queries, the same for all rows: it is there if order decides what is seen.
+    ids = [a for a in takes if a.dtype == "s32" and {queries, keys} & set(a.shape)]
+    if len(ids) > (2 if "segmented" in op.name else 0):
         blocks = sum(min(-(-(i + 1) * high // wide), across) for i in range(down))
     count = _PRODUCTS_OF_KERNEL[part]
     if part == "dkv" and _FUSED in op.line:
         count += 1
     flops = 2.0 * count * blocks * high * wide * width
-    return f"splash {part}", rows * heads * flops
+    return f"splash {part}", math.prod(rows) * heads * flops
