@@ -142,7 +142,7 @@ _pixels = jax.jit(with_global_views)
 
 def layout_of(items: Sequence[EncodedInput], layout: VisualLayout) -> VisualLayout:
     """The layout for inputs of which some may have gone through `with_pixels`."""
-    if not any("pixels" in item.visual for item in items):
+    if "pixels" in layout.units or not any("pixels" in item.visual for item in items):
         return layout
     return dataclasses.replace(layout, units={"pixels": (layout.units["crops"][0], "float32")})
 

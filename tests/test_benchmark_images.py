@@ -7,6 +7,7 @@ import pytest
 from benchmarks import image_path, image_preprocess, input_pipeline
 from benchmarks.common import How
 from benchmarks.reference_eval import ReferenceProcessor
+from benchmarks.reference_shaped import right_padded
 from vlm2vec_jax.inputs import MultimodalInput
 from vlm2vec_jax.models.phi3v.hd_transform import global_view_numpy, image_feature_index, normalise
 from vlm2vec_jax.models.phi3v.processor import Phi3VProcessor
@@ -30,7 +31,8 @@ def test_inputs_of_the_evaluation_s_baseline(goldens, tmp_path, size, num_crops,
     ours = Phi3VProcessor(tokenizer, num_crops=num_crops, crop_size=28)
     image_path.photograph(*size).save(tmp_path / "a.png")
     item = MultimodalInput("<|image_1|> What is it?\n", (tmp_path / "a.png",))
-    theirs, expected = ReferenceProcessor.like(ours).encode(item), ours.encode(item)
+    processor = ReferenceProcessor.like(ours)
+    theirs, expected = processor.encode(item), ours.encode(item)
     np.testing.assert_array_equal(theirs.tokens, expected.tokens)
     index = theirs.feature_index[theirs.feature_index >= 0]
     np.testing.assert_array_equal(index, image_feature_index(*cut, 1, "sub_glb", views=1))
@@ -39,6 +41,8 @@ def test_inputs_of_the_evaluation_s_baseline(goldens, tmp_path, size, num_crops,
     crops, info = expected.visual["crops"], expected.visual["crop_info"]
     np.testing.assert_array_equal(pixels[1:], normalise(crops[-num_crops:]))
     np.testing.assert_allclose(pixels[0], global_view_numpy(crops, info), atol=2e-6)
+    batch = right_padded([theirs], processor.visual_layout, 2)
+    np.testing.assert_array_equal(batch.visual["pixels"][0], theirs.visual["pixels"])
 
 
 @pytest.mark.slow
