@@ -124,31 +124,41 @@ class Road:
 class Device:
     """An accelerator as the loop sees one: takes a batch, is busy, hands over numbers in the end.
 
+    A step begins when the one before has ended and its batch is there, whatever the host does.
+
     Attributes:
       spans: when each step began and ended.
     """
 
     def __init__(self, seconds: float):
-        self._seconds, self._queue = seconds, ThreadPoolExecutor(1, "device")
+        self._seconds = seconds
+        self._arriving = ThreadPoolExecutor(1, "device")
+        self._computing = ThreadPoolExecutor(1, "device")
         self.spans: list[tuple[float, float]] = []
 
     def __call__(self, state: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         """A step; returns at once, as jax does."""
-        return state, {"loss": _Later(self._queue.submit(self._step, batch))}
+        there = self._arriving.submit(_arrival, batch)
+        return state, {"loss": _Later(self._computing.submit(self._step, there))}
 
-    def _step(self, batch: Any) -> None:
-        import jax
-
-        jax.block_until_ready(batch.groups)
-        begun = time.perf_counter()
-        time.sleep(self._seconds)
-        self.spans.append((begun, time.perf_counter()))
+    def _step(self, there: Future) -> None:
+        begun = max(there.result(), *(end for _, end in self.spans[-1:]), 0.0)
+        self.spans.append((begun, begun + self._seconds))
+        time.sleep(max(self.spans[-1][1] - time.perf_counter(), 0.0))
 
     def idle_share(self) -> float:
         """Of the time from the end of the first steps to the end of the last one."""
         spans = self.spans[SKIPPED - 1 :]
         idle = sum(after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False))
         return idle / (spans[-1][1] - spans[0][1])
+
+
+def _arrival(batch: Any) -> float:
+    """When a batch is on the device."""
+    import jax
+
+    jax.block_until_ready(batch.groups)
+    return time.perf_counter()
 
 
 class _Later:
@@ -176,6 +186,18 @@ def all_processors() -> Iterator[int]:
         os.sched_setaffinity(0, before)
 
 
+def busy() -> float:
+    """Seconds that all programs have used all processors, less this one's; NaN where unknown."""
+    try:
+        line = Path("/proc/stat").read_text().split("\n", 1)[0]
+    except OSError:
+        return float("nan")
+    fields = [int(field) for field in line.split()[1:]]
+    own = os.times()
+    total = (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")
+    return total - own.user - own.system
+
+
 def train(road: Road, seconds: float, count: int) -> dict[str, float]:
     """The training loop on a made-up device; `count` steps of `seconds` are counted."""
     import functools
@@ -196,7 +218,7 @@ def train(road: Road, seconds: float, count: int) -> dict[str, float]:
             return {}
 
     device, last = Device(seconds), count + SKIPPED
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh, begun, others = make_mesh(devices=jax.devices()[:1]), time.perf_counter(), busy()
     marks: dict[int, float] = {}
 
     def watch(finished: Any) -> tuple[str, ...]:
@@ -227,6 +249,7 @@ def train(road: Road, seconds: float, count: int) -> dict[str, float]:
             watch=watch,
         ).run(0, last)
         told = read_metrics(Path(output) / FILE)[SKIPPED:]
+    elsewhere = (busy() - others) / (time.perf_counter() - begun)
     took = sum(step["step_s"] for step in told)
     return {
         "wait_share": sum(step["data_wait_s"] for step in told) / took,
@@ -234,6 +257,7 @@ def train(road: Road, seconds: float, count: int) -> dict[str, float]:
         "step_s": took / count,
         "cpu_s": (marks[last] - marks[SKIPPED]) / count,
         "compute_s": seconds,
+        **({} if np.isnan(elsewhere) else {"processors_used_by_others": round(elsewhere, 3)}),
     }
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The baseline of the image benchmarks is what the reference computes, and the benchmarks run."""
 
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -43,6 +46,16 @@ def test_inputs_of_the_evaluation_s_baseline(goldens, tmp_path, size, num_crops,
     np.testing.assert_allclose(pixels[0], global_view_numpy(crops, info), atol=2e-6)
     batch = right_padded([theirs], processor.visual_layout, 2)
     np.testing.assert_array_equal(batch.visual["pixels"][0], theirs.visual["pixels"])
+
+
+@pytest.mark.parametrize(("late", "share"), [(0.0, 0.0), (0.5, 0.3 / 0.7)])
+def test_a_device_without_a_batch_is_idle(late, share):
+    device = input_pipeline.Device(0.2)
+    for step in range(4):
+        time.sleep((0.4 + late) * (step == 3))  # the third ends at 0.6
+        numbers = device(None, None, SimpleNamespace(groups=np.zeros(3)), None)[1]
+    assert np.asarray(numbers["loss"]) == 0 and len(device.spans) == 4
+    assert device.idle_share() == pytest.approx(share, abs=0.1)
 
 
 @pytest.mark.slow
