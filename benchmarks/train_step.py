@@ -193,7 +193,8 @@ class Bench:
     """
 
     def __init__(self, bed: Bed, how: How, kind: str, queries, targets, *, dropout: float = 0.0):
-        from benchmarks.reference_shaped import Trained, use_peft_form
+        from benchmarks.reference_shaped import use_peft_form
+        from benchmarks.reference_step import Trained
         from vlm2vec_jax.models.loading import split_trainable
         from vlm2vec_jax.nn.compute import Compute
 
@@ -227,11 +228,11 @@ class Bench:
 
     def shaped(self, form, *, chunk: int | None, key=None):
         """A function that runs the step in a form: "reference" or a `Form`."""
-        from benchmarks import reference_shaped
+        from benchmarks import reference_shaped, reference_step
 
         if form == "reference":
             form = dataclasses.replace(reference_shaped.REFERENCE, peft_dora=False)
-        return reference_shaped.Step(
+        return reference_step.Step(
             self.model,
             self.bed.layout,
             self.compute,

@@ -16,7 +16,8 @@ from small_models import quick_compiler
 from benchmarks import __main__ as command
 from benchmarks import common, reference_shaped, suite
 from benchmarks.beds import Bed, NoProcessor
-from benchmarks.reference_shaped import PLAIN, REFERENCE, Embedding, Form, PeftLinear, Step, Trained
+from benchmarks.reference_shaped import PLAIN, REFERENCE, Embedding, Form, PeftLinear
+from benchmarks.reference_step import Step, Trained
 from vlm2vec_jax.embedder import Embedder
 from vlm2vec_jax.models.loading import split_trainable
 from vlm2vec_jax.nn.compute import Compute

@@ -222,7 +222,7 @@ def test_a_batch_at_the_usual_temperature(form, mesh):
     assert found[0] == pytest.approx(wanted[0], rel=1e-6)
     for side in "qt":
         scale = np.abs(wanted[1][side]).max()
-        np.testing.assert_allclose(found[1][side], wanted[1][side], atol=1e-6 * scale)
+        np.testing.assert_allclose(found[1][side], wanted[1][side], atol=2e-6 * scale)
 
 
 def test_no_negative_is_never_an_embedding_of_nothing():

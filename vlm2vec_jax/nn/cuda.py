@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.gpu import attention as pallas
 
 from vlm2vec_jax.nn.compute import apart
 
@@ -80,6 +79,9 @@ def attend_triton(
     Returns:
       [R, T, N, H] in q's dtype.
     """
+    # Newer versions of jax call it deprecated; where it is gone, `works` says so and not an import.
+    from jax.experimental.pallas.ops.gpu import attention as pallas
+
     del key_segments
     tokens, groups = q.shape[1], q.shape[2] // k.shape[2]
     if groups > 1:
