@@ -107,8 +107,10 @@ class TrainSource(Source):
       rows: int64, increasing; the rows of the file in use (`[i]` reads row `rows[i]`).
       table: the memory-mapped columns.
       split: its name; `folders.OWN_SPLIT` of own pairs.
+      in_files: images are files, which several rows may name; not copies in the examples.
     """
 
+    in_files = True
     columns = TRAIN_COLUMNS
     optional = NEGATIVE_COLUMNS
     pairs = "train"

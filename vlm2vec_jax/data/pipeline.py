@@ -2,15 +2,14 @@
 """From a mixture to packed batches: rows read, decoded and packed ahead of the train step.
 
 Rows are encoded one by one in a pool of threads (Pillow releases the interpreter's lock while it
-decodes and resizes), put together in order and packed in a thread of their own. Which rows, and
-in which order, never depends on the number of threads or processes; a run resumes at a step by
-starting there.
+decodes and resizes), put together in order and packed in a thread of their own. A file that several
+inputs of a step show is decoded once. Which rows, and in which order, never depends on the number
+of threads or processes; a run resumes at a step by starting there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 import weakref
@@ -25,6 +24,7 @@ import numpy as np
 from vlm2vec_jax.data.mixture import Mixture
 from vlm2vec_jax.data.reading import Encode, Example, Reader, Watch
 from vlm2vec_jax.data.sharing import Assembly, Sharing
+from vlm2vec_jax.data.step_rows import StepRows
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.inputs import EncodedInput
 
@@ -199,8 +199,6 @@ def batches(
     _check(batch_size, process, processes, on_bad_example, start_step, workers, prefetch, negatives)
     stop = threading.Event()
     local = batch_size // processes
-    # Rows of the few batches that threads work on at a time.
-    drawn = functools.lru_cache(maxsize=8)(lambda step: mixture.batch_indices(step, batch_size))
     work = encode if sharing is None else sharing.measure
     reader = Reader(mixture, work, negatives=negatives, skip=skip, stop=stop)
     assembly = pool = None
@@ -211,12 +209,18 @@ def batches(
         assembly = Assembly(sharing, reader, encoder, skip=skip, pool=pool, stop=stop)
     counted = start_step
 
+    def draw(step: int) -> list[tuple[int, int]]:
+        mine = mixture.batch_indices(step, batch_size)[process::processes]
+        return [(source, position) for source, position in mine.tolist()]
+
+    # Where processes share batches the rows' headers are read here, and pixels by `Assembly`.
+    step_rows = StepRows(draw, reader.inputs_in_files if sharing is None else None)
+
     def load(number: int) -> Example:
         if stop.is_set():  # an empty example, not None: grain drops Nones and goes on to the next
             return Example((), 0, 0, 0, (), ())
-        step, place = divmod(int(number), local)
-        source, position = drawn(step)[process + place * processes].tolist()
-        return reader.first_good(source, position)
+        (source, position), inputs = step_rows.take(*divmod(int(number), local))
+        return reader.first_good(source, position, inputs=inputs)
 
     def collate(examples: Sequence[Example]) -> tuple[Any, BatchStats]:
         nonlocal counted

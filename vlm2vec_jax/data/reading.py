@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -119,46 +119,79 @@ class Reader:
         self._stop = stop
         self.watch = Watch()
 
-    def first_good(self, source: int, start: int, tried: int = 0) -> Example:
-        """The row at `start` of a source, or the next good one within the tries that are left."""
+    def first_good(
+        self,
+        source: int,
+        start: int,
+        tried: int = 0,
+        inputs: Sequence[MultimodalInput] | None = None,
+    ) -> Example:
+        """The row at `start` of a source, or the next good one within the tries that are left.
+
+        Args:
+          source: number in the mixture.
+          start: position in the source.
+          tried: rows that were tried before in this place.
+          inputs: of the row at `start`, where it has been read already.
+        """
         rows = self._mixture.sources[source]
         problems: list[str] = []
         for attempt in range(min(self._attempts - tried, len(rows) - tried)):
             if self._stop.is_set():  # an empty example, not None: grain drops Nones and goes on
                 break
             at = (start + attempt) % len(rows)
-            found = self.one(source, at)
+            found = self.one(source, at, inputs)
             if found.items:
                 return found._replace(problems=tuple(problems))
             problems += found.problems
+            inputs = None
         row = int(rows.rows[start % len(rows)])
         return Example((), source, start % len(rows), row, (), tuple(problems[:1]))
 
-    def one(self, source: int, at: int) -> Example:
-        """A single row, good or bad."""
-        rows = self._mixture.sources[source]
-        number = int(rows.rows[at])
-        with self.watch.reading(f"{rows.subset}: {rows.at(number)}"):
-            try:
-                inputs = _inputs(patiently(lambda: rows[at], self._stop), self._negatives)
-                items = tuple(
-                    patiently(lambda item=item: self._work(item), self._stop) for item in inputs
-                )
-            except BAD_EXAMPLE as error:
-                return Example((), source, at, number, (), (explain(rows, number, error),))
-        return Example(items, source, at, number, _hashes(items), ())
+    def one(self, source: int, at: int, inputs: Sequence[MultimodalInput] | None = None) -> Example:
+        """A single row, good or bad; `inputs` where it has been read already."""
+        number = int(self._mixture.sources[source].rows[at])
+        read = self.inputs(source, at) if inputs is None else inputs
+        items = read if isinstance(read, str) else self.made_of(source, at, read)
+        if isinstance(items, str):
+            return Example((), source, at, number, (), (items,))
+        return Example(tuple(items), source, at, number, _hashes(items), ())
 
-    def sides(self, source: int, at: int, sides: list[int]) -> list | str:
-        """Some inputs of a row (0 the query, 1 the positive, ...), or what is wrong with it."""
+    def inputs(self, source: int, at: int) -> list[MultimodalInput] | str:
+        """The query, the positive and the negatives of a row, or what is wrong with it."""
+        return self._attempt(
+            source,
+            at,
+            lambda rows: _inputs(patiently(lambda: rows[at], self._stop), self._negatives),
+        )
+
+    def inputs_in_files(self, source: int, at: int) -> list[MultimodalInput] | None:
+        """The same where images are files, at the first try; None for any other row."""
+        rows = self._mixture.sources[source]
+        if not rows.in_files or self._stop.is_set():
+            return None
+        with self.watch.reading(f"{rows.subset}: {rows.at(int(rows.rows[at]))}"):
+            try:
+                return _inputs(rows[at], self._negatives)
+            except BAD_EXAMPLE:
+                return None  # whoever needs the row tries again, and says what is wrong
+
+    def made_of(self, source: int, at: int, inputs: Sequence[MultimodalInput]) -> list | str:
+        """What `work` makes of inputs of a row, or what is wrong with the row."""
+        return self._attempt(
+            source,
+            at,
+            lambda _: [
+                patiently(lambda item=item: self._work(item), self._stop) for item in inputs
+            ],
+        )
+
+    def _attempt(self, source: int, at: int, work: Callable[[TrainSource], list]) -> list | str:
         rows = self._mixture.sources[source]
         number = int(rows.rows[at])
         with self.watch.reading(f"{rows.subset}: {rows.at(number)}"):
             try:
-                inputs = _inputs(patiently(lambda: rows[at], self._stop), self._negatives)
-                return [
-                    patiently(lambda item=inputs[side]: self._work(item), self._stop)
-                    for side in sides
-                ]
+                return work(rows)
             except BAD_EXAMPLE as error:
                 return explain(rows, number, error)
 
@@ -180,7 +213,7 @@ def _inputs(row: TrainRow, negatives: int) -> list[MultimodalInput]:
     return list(items.values())
 
 
-def _hashes(items: tuple) -> tuple[int, ...]:
+def _hashes(items: Sequence) -> tuple[int, ...]:
     return tuple(content_hash(item) for item in items if isinstance(item, EncodedInput))
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import Executor
 from typing import Any, NamedTuple, Protocol
 
 from vlm2vec_jax.data.reading import MAX_REPLACEMENTS, Example, Reader, Size
+from vlm2vec_jax.data.step_rows import shared
 from vlm2vec_jax.inputs import EncodedInput, MultimodalInput, content_hash
 
 
@@ -148,16 +149,27 @@ class Assembly:
         for position, side in wanted.values():
             if (position, side) not in held:
                 missing.setdefault(position, []).append(side)
+        each = map if self._pool is None else self._pool.map
 
-        def one(position: int, sides: list[int]):
+        def read(position: int) -> list[MultimodalInput] | str:
             example = examples[position]
-            return position, sides, self._encoding.sides(example.source, example.at, sides)
+            found = self._encoding.inputs(example.source, example.at)
+            return found if isinstance(found, str) else [found[s] for s in missing[position]]
 
-        jobs = sorted(missing.items())
-        if self._pool is None:
-            results = [one(*job) for job in jobs]
-        else:
-            results = list(self._pool.map(lambda job: one(*job), jobs))
+        def one(position: int, inputs: list[MultimodalInput] | str):
+            example = examples[position]
+            result: list[EncodedInput] | str
+            if isinstance(inputs, str):
+                result = inputs
+            else:
+                result = self._encoding.made_of(example.source, example.at, inputs)
+            return position, missing[position], result
+
+        positions = sorted(missing)
+        rows = list(each(read, positions))
+        there = iter(shared([None if isinstance(row, str) else row for row in rows]))
+        rows = [row if made is None else made for row, made in zip(rows, there, strict=True)]
+        results = list(each(one, positions, rows))
         bad = {}
         for position, sides, result in results:
             if isinstance(result, str):

@@ -96,6 +96,8 @@ def _columns(record: dict[str, Any]) -> dict[str, Any]:
 class TfdsSource(TrainSource):
     """One subset of a TFDS data set, as `TrainSource`; images are in the examples."""
 
+    in_files = False
+
     @property
     def own(self) -> bool:
         """Its splits are those of the set."""
