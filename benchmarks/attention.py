@@ -14,6 +14,8 @@ from benchmarks.common import How, Result, Row
 HEADS, WIDTH = 4, 96
 LENGTHS = (512, 2048)
 REAL_LENGTHS = (789, 1953, 2541)
+SEQUENCES = 4
+"""Of a packed row."""
 
 
 def measure(how: How) -> Result:
@@ -28,6 +30,11 @@ def measure(how: How) -> Result:
             target = 2.0 if tokens == 1953 else None
             what = f"gradient of attention, {tokens} tokens"
             rows.append(common.compared(what, "exact form", timing, "auto", "xla", target))
+            if how.device == "gpu":
+                cases = {"packed": timed(how, "auto", tokens), "apart": apart(how, tokens)}
+                timings[f"{tokens} tokens apart"] = timing = common.alternate(cases, how.rounds)
+                against = "cuDNN, a row for each sequence"
+                rows.append(common.compared(what, against, timing, "packed", "apart"))
     else:
         for tokens in how.pick(LENGTHS, (64,)):
             seconds = common.alternate({"x": timed(how, "auto", tokens)}, how.rounds).median("x")
@@ -56,11 +63,7 @@ def gradient(kind: str, tokens: int, dtype: str):
     from vlm2vec_jax.nn import attention
 
     def value(q, k, v, segments):
-        index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-        fields = attention.Visibility.__dataclass_fields__
-        # Queries in the row's order.
-        order = {"causal": True} if "causal" in fields else {"query_index": index}
-        seen = attention.Visibility(segments, segments, **order)
+        seen = attention.Visibility(segments, segments, causal=True)
         return attention.attend(q, k, v, seen, implementation=kind).astype(jnp.float32).sum()
 
     heads = jax.ShapeDtypeStruct((1, tokens, HEADS, WIDTH), dtype)
@@ -81,5 +84,27 @@ def timed(how: How, kind: str, tokens: int):
     function, shapes = gradient(kind, tokens, how.dtype)
     rng = np.random.default_rng(how.seed)
     q, k, v = (jax.numpy.asarray(rng.normal(size=shape.shape), shape.dtype) for shape in shapes[:3])
-    segments = np.repeat(np.arange(1, 5), -(-tokens // 4))[None, :tokens].astype(np.int32)
+    segments = np.repeat(np.arange(SEQUENCES) + 1, -(-tokens // SEQUENCES))[None, :tokens]
+    segments = segments.astype(np.int32)
     return lambda: jax.block_until_ready(function(q, k, v, segments))
+
+
+def apart(how: How, tokens: int, implementation: str = "cudnn"):
+    """The same for those sequences in a row each, filled up to a multiple of 8: without packing."""
+    import jax
+    import jax.numpy as jnp
+
+    length = -(-tokens // SEQUENCES)
+    shape = (SEQUENCES, -(-length // 8) * 8, HEADS, WIDTH)
+    rng = np.random.default_rng(how.seed)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), how.dtype) for _ in range(3))
+
+    @jax.jit
+    def function(q, k, v):
+        def value(q, k, v):
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+            return y[:, :length].astype(jnp.float32).sum()
+
+        return jax.grad(value, argnums=(0, 1, 2))(q, k, v)
+
+    return lambda: jax.block_until_ready(function(q, k, v))
