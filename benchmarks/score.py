@@ -2,11 +2,13 @@
 """Scoring on the device against a loop over the queries, for 10^3 to 10^6 candidates.
 
 The baseline is what VLM2Vec's `eval.py` does, in our own code: for each query its candidates are
-looked up and stacked, their lengths and products taken, and the largest found. `lists` is MMEB's
-case (1000 candidates of its own for each query, from a pool of 2000), the others are one corpus for
-all queries, where ours also gives ranks, ties and the best ten. The loop runs over fewer queries
-where it is slow, and seconds are compared per query; both find the same best candidate. Vectors
-are as wide as the real model's, for 10^6 candidates as wide as truncated ones, which fit in memory.
+looked up and stacked, their lengths and products taken, and the largest found. `lists` are MMEB's
+case (1000 queries with 1000 candidates of their own), from a pool as large, as labels are, and from
+one of twice the size; for rows that share nothing there are lists of few queries. The others are
+one corpus for all queries, where ours also gives ranks, ties and the best ten. The loop runs over
+fewer queries where it is slow, and seconds are compared per query; both find the same best
+candidate. Vectors are as wide as the real model's, for 10^6 candidates as wide as truncated ones,
+which fit in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ TRUNCATED = 256
 
 
 def measure(how: How) -> Result:
-    """A row for MMEB's lists, and one for each size of a corpus."""
+    """A row for each kind of MMEB's lists, and one for each size of a corpus."""
     import numpy as np
 
     rng = np.random.default_rng(how.seed)
@@ -31,7 +33,7 @@ def measure(how: How) -> Result:
     queries = rng.standard_normal((count, width)).astype(np.float32)
     rows, timings = [], {}
 
-    def add(name, ours, loop, done, candidates, target, width=width):
+    def add(name, ours, loop, done, candidates, target, width=width, count=count):
         timings[name] = timing = common.alternate({"ours": ours, "loop": loop}, how.rounds)
         each = 1e3 / count
         rows.append(
@@ -44,8 +46,18 @@ def measure(how: How) -> Result:
             )
         )  # fmt: skip
 
-    lists_of = how.pick(1000, 20)
-    add(f"lists of {lists_of:,}", *lists(rng, queries, lists_of), count, lists_of, 25.0)
+    n = how.pick(1000, 20)
+    many = rng.standard_normal((n, width)).astype(np.float32)
+    few = many[: how.pick(32, 4)]
+    done = min(n, count)
+    for name, asking, pool, target in (
+        (f"lists of {n:,}, all of the same", many, n, 25.0),
+        (f"lists of {n:,} from {2 * n:,}", many, 2 * n, 25.0),
+        (f"lists of {n:,} that share nothing", few, n * len(few), None),
+    ):
+        looped = min(done, len(asking))
+        both = lists(rng, asking, n, pool, looped)
+        add(name, *both, looped, n, target, count=len(asking))
     for size in how.pick((1000, 10_000, 100_000, 1_000_000), (100,)):
         own = min(width, TRUNCATED) if size >= 1_000_000 else width
         pool = rng.standard_normal((size, own), np.float32)
@@ -55,23 +67,26 @@ def measure(how: How) -> Result:
     return Result(rows, timings)
 
 
-def lists(rng, queries, size):
-    """Both ways for MMEB's own lists."""
+def lists(rng, queries, size, pool, done):
+    """Both ways for MMEB's own lists; the loop over the first `done` queries."""
     import numpy as np
 
     from vlm2vec_jax.evaluation import scoring
 
-    pool = rng.standard_normal((2 * size, queries.shape[1])).astype(np.float32)
-    rows = [rng.permutation(len(pool))[:size] for _ in queries]
-    keyed = {n: v for n, v in enumerate(pool)}
+    vectors = rng.standard_normal((pool, queries.shape[1]), np.float32)
+    if pool == size * len(queries):
+        rows = np.arange(pool).reshape(len(queries), size)
+    else:
+        rows = [rng.permutation(pool)[:size] for _ in queries]
+    keyed = {n: v for n, v in enumerate(vectors)}
 
     def ours():
-        return scoring.judge(queries, pool, range(len(queries)), rows).reference_prediction
+        return scoring.judge(queries, vectors, range(len(queries)), rows).reference_prediction
 
     def loop():
-        return np.array([best(q, keyed, row) for q, row in zip(queries, rows)])
+        return np.array([best(q, keyed, row) for q, row in zip(queries[:done], rows)])
 
-    np.testing.assert_array_equal(ours(), loop())
+    np.testing.assert_array_equal(ours()[:done], loop())
     return ours, loop
 
 

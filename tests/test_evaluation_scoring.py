@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm2vec_jax.errors import UserError
-from vlm2vec_jax.evaluation import scoring
+from vlm2vec_jax.evaluation import distinct, scoring
 
 
 def dot(scores: list[list[float]], truth_again: bool = False) -> scoring.Verdicts:
@@ -121,10 +121,45 @@ def test_a_lone_truth_needs_a_finite_score():
 
 def test_equal_vectors_are_scored_once_also_with_a_minus_zero():
     targets = np.array([[0.0, 1.0], [2.0, 1.0], [-0.0, 1.0]], np.float32)
-    ids, vectors = scoring.distinct_vectors(targets)
+    ids, vectors = distinct.distinct_vectors(targets)
     assert ids.tolist() == [0, 1, 0] and len(vectors) == 2
     np.testing.assert_array_equal(vectors[ids], targets)
     assert dot([[0.0, -0.0]]).tied.tolist() == [True]
+
+
+@pytest.mark.parametrize("alike", ["nothing", "first columns", "rows"])
+def test_vectors_are_told_apart_by_all_their_columns(alike):
+    rng = np.random.default_rng(0)
+    targets = rng.standard_normal((300, 70)).astype(np.float32)
+    if alike == "first columns":  # those that are read at first
+        targets[100:, ::3] = targets[0, ::3]
+    if alike == "rows":
+        targets[200:, ::3], targets[150:] = targets[0, ::3], targets[:150]
+    ids, vectors = distinct.distinct_vectors(targets)
+    _, first, inverse = np.unique(targets, axis=0, return_index=True, return_inverse=True)
+    assert len(vectors) == len(first) == (150 if alike == "rows" else 300)
+    np.testing.assert_array_equal(vectors[ids], targets)
+    np.testing.assert_array_equal(vectors, targets[np.sort(first)])
+    assert len(set(zip(ids.tolist(), inverse.reshape(-1).tolist(), strict=True))) == len(first)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_share_a_chunk_if_they_share_their_candidates(shared, monkeypatch):
+    rng = np.random.default_rng(0)
+    targets = rng.standard_normal((9600, 5)).astype(np.float32)
+    queries = rng.standard_normal((96, 5)).astype(np.float32)
+    lists = [rng.permutation(100) + (0 if shared else 100 * n) for n in range(96)]
+    sizes = []
+    verdicts = scoring._verdicts
+    monkeypatch.setattr(
+        scoring, "_verdicts", lambda s, t, p: sizes.append(s.shape) or verdicts(s, t, p)
+    )
+    found = scoring.judge(queries, targets, range(96), lists)
+    assert sizes == ([(128, 128)] if shared else [(32, 4096)] * 3)
+    for n, row in enumerate(lists):
+        cosine = targets[row] @ queries[n] / np.linalg.norm(targets[row], axis=1)
+        assert found.rank[n] == 1 + (cosine[1:] >= cosine[0]).sum()
+        assert found.top[n].tolist() == np.argsort(-cosine)[:5].tolist()
 
 
 def test_no_rows():

@@ -19,7 +19,8 @@ import numpy as np
 
 from vlm2vec_jax.errors import raise_problems
 from vlm2vec_jax.evaluation import metrics
-from vlm2vec_jax.evaluation.scoring import SIMILARITIES, Similarity, distinct_vectors, scores_of
+from vlm2vec_jax.evaluation.distinct import distinct_vectors
+from vlm2vec_jax.evaluation.scoring import SIMILARITIES, Similarity, scores_of
 
 QUERIES_PER_CHUNK = 128
 TARGETS_PER_BLOCK = 16384
