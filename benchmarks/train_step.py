@@ -257,7 +257,9 @@ class Bench:
         sizes = [(len(item), item.units) for side in self.sides for item in side]
         rows = choose_rows(sizes, longest=4096)
         chunk = self.chunk_tokens if cached else None
-        packer = BatchPacker(rows, self.bed.layout, chunk_tokens=chunk)
+        packer = BatchPacker(
+            rows, self.bed.layout, chunk_tokens=chunk, finely=self.how.device == "cpu"
+        )
         self._packed[cached] = packer.arrange(sizes)
         return packer(*self.sides)
 

@@ -106,6 +106,15 @@ def test_a_run_foresees_its_shapes():
     assert all(shape.rows <= 2 * drawn[row].rows for row, shape in most.items() if row in drawn)
     main = max(drawn, key=lambda row: drawn[row].rows * row.tokens)
     assert most[main] == drawn[main]
+    # Finely: no more is computed of what most batches have, and what comes later fits all the same.
+    fine = BatchPacker(packer.rows, None, chunk_tokens=None, finely=True)
+    fine.foresee(sample, 256)
+    fewer = {c.shape.row: c.shape for c in fine.plan_step(sample[:256]).chunks}
+    assert fewer[main].rows <= most[main].rows
+    before = fine.shapes
+    for _ in range(200):
+        fine.plan_step([sample[i] for i in rng.integers(0, len(sample), 256)])
+    assert fine.shapes == before
     # A run that goes on keeps the shapes that it had.
     again = BatchPacker(packer.rows, None, chunk_tokens=8192, shapes=known[:1])
     again.foresee(sample, 256)

@@ -342,6 +342,23 @@ def test_row_batches_end_with_a_fraction():
     assert [n for _, n in row_batches(group, 3, row_multiple=8)] == [8, 8, 8]
 
 
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+@pytest.mark.parametrize("full", [8, 24, 1 << 20])
+def test_few_rows_are_rounded_finely(multiple, full):
+    found = [packing.round_rows(n, full, multiple) for n in range(1, full % 600 + 600) if n <= full]
+    for n, rows in enumerate(found, 1):
+        assert rows % multiple == 0 and n <= rows <= packing._fraction(n, full, multiple)
+        assert rows < 1.25 * n + multiple
+    assert found == sorted(found)
+    # Four numbers of rows to a doubling.
+    assert len(set(found)) <= 4 * (len(found) // multiple).bit_length() + 1
+    if full > 600:
+        shape = RowShape(64, 0, 1)
+        made = plan([64] * 5 * multiple, row_tokens=64, max_row_tokens=64)
+        (chunks,) = arrange(made, chunk_tokens=64 * full, row_multiple=multiple, finely=True)
+        assert chunks.shape == (shape, 5 * multiple, 1)
+
+
 def test_rounding_lists():
     assert [n for n in range(60) if packing.round_units(n) == n][20:] == [
         *range(20, 40, 2),

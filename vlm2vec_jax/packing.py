@@ -51,6 +51,7 @@ __all__ = [
     "fill_chunks",
     "plan",
     "round_chunks",
+    "round_rows",
     "round_sequences",
     "round_units",
     "row_batches",
@@ -252,6 +253,17 @@ def _fraction(n: int, full: int, multiple: int) -> int:
     return size
 
 
+def round_rows(n: int, full: int, multiple: int = 1) -> int:
+    """Rows of a chunk that holds `n`: `full`, 7/8, 6/8, 5/8, 4/8, 7/16, ... of it, and no fewer.
+
+    At most a quarter more than `n`, and few numbers of rows, each a program; all of them are
+    rounded up to `multiple`.
+    """
+    half = _fraction(n, full, multiple)
+    parts = (-(-half * k // 8 // multiple) * multiple for k in (5, 6, 7))
+    return min((size for size in parts if size >= n), default=half)
+
+
 def row_batches(group: GroupPlan, rows_per_batch: int, *, row_multiple: int = 1) -> list[RowBatch]:
     """Split a group into batches of equally many rows; the last may be a half, quarter, ...
 
@@ -278,6 +290,7 @@ def arrange(
     row_multiple: int = 1,
     chunk_buckets: Sequence[int] | None = None,
     at_least: Iterable[ChunkShape] = (),
+    finely: bool = False,
 ) -> tuple[ChunkPlan, ...]:
     """Deal the rows of each group into chunks with about equally many real tokens.
 
@@ -292,16 +305,19 @@ def arrange(
       at_least: shapes that are wanted anyway, for instance those of the step before: a group of
         that row shape gets no less, and an absent one is added empty. Surplus chunks are never
         run, so this costs memory, and saves compiling a program for every mixture of groups.
+      finely: a chunk of few rows has as many as `round_rows` says, not a half, quarter, ... of a
+        full one.
 
     Returns:
       Text groups by row length, then visual groups by row length.
     """
     wanted = {shape.row: shape for shape in at_least}
+    rounded = round_rows if finely else _fraction
     arranged = []
     for group in planned.groups:
         least = wanted.pop(group.shape, None)
         full = chunk_tokens // group.shape.tokens // row_multiple * row_multiple
-        rows = _fraction(len(group.rows), max(full, row_multiple), row_multiple)
+        rows = rounded(len(group.rows), max(full, row_multiple), row_multiple)
         if least is not None:
             rows = max(rows, least.rows)
         count = -(-len(group.rows) // rows)

@@ -40,6 +40,8 @@ FETCHING = 256
 at width 3072; what memory and arithmetic of an accelerator give is near it)."""
 TARGETS_PER_BLOCK = 4096
 TOP = 5
+BLOCK_BYTES = 1 << 24
+"""Of vectors that come from the host block by block: larger ones are new memory each time."""
 RESIDENT_BYTES = 1 << 30
 """Targets of no more bytes that are needed more than once are gathered on the device."""
 
@@ -238,6 +240,9 @@ def scores_of(
       f32 [R, at least U]; columns behind U mean nothing.
     """
     block = min(block, _power_of_two(len(union)))
+    if isinstance(vectors, np.ndarray):
+        fit = max(BLOCK_BYTES // (4 * max(vectors.shape[1], 1)), 128)
+        block = min(block, 1 << (fit.bit_length() - 1))
     cosine = similarity == "cosine"
     columns = []
     for start in range(0, len(union), block):

@@ -22,6 +22,7 @@ from vlm2vec_jax.packing import (
     fill_chunks,
     plan,
     round_chunks,
+    round_rows,
 )
 
 Size = tuple[int, int]
@@ -149,6 +150,7 @@ class BatchPacker:
         part: tuple[int, int] = (0, 1),
         shapes: Iterable[ChunkShape] = (),
         flops: Callable[[int, int], float] = lambda tokens, units: 0.0,
+        finely: bool = False,
     ):
         """Set up.
 
@@ -162,6 +164,7 @@ class BatchPacker:
           shapes: that the run has had so far (`PackedStep.shapes`), so that a run that goes on
             packs, and so adds up, exactly as it would have.
           flops: (tokens, units) -> FLOPs of a sequence's forward pass, to be told of each batch.
+          finely: see `packing.arrange`; for a CPU, where a row costs more and a program less.
         """
         self.rows = rows
         self.cached = chunk_tokens is not None
@@ -171,6 +174,7 @@ class BatchPacker:
         self.negatives = negatives
         self.part = part
         self._flops = flops
+        self._finely = finely
         self._shapes: dict[RowShape, ChunkShape] = {}
         self.use_shapes(shapes)
         self._lock = threading.Lock()
@@ -198,9 +202,14 @@ class BatchPacker:
         if self._shapes:
             return
         rng = np.random.default_rng(0)
+        counts: dict[RowShape, list[int]] = {}
         for _ in range(int(np.clip(_FORESEEN // inputs, 4, 64))):
-            self.arrange([sample[i] for i in rng.integers(0, len(sample), inputs)])
+            planned, _ = self.arrange([sample[i] for i in rng.integers(0, len(sample), inputs)])
+            for group in planned.groups:
+                counts.setdefault(group.shape, []).append(len(group.rows))
         if not self.cached:
+            if self._finely:
+                self._leave_room(counts)
             return
         known = self._shapes.items()
         total = sum(shape.chunks * shape.rows * row.tokens for row, shape in known)
@@ -213,6 +222,14 @@ class BatchPacker:
             elif shape.chunks <= _FEW:
                 # Chunks that are not needed are not run.
                 self._shapes[row] = shape._replace(chunks=round_chunks(shape.chunks + 1))
+
+    def _leave_room(self, counts: Mapping[RowShape, Sequence[int]]) -> None:
+        """Beyond the most rows of some dozen batches, as many as one in thousands may need."""
+        for row, found in counts.items():
+            most = max(found) + round(float(np.std(found)))
+            rows = round_rows(most, _EVERYTHING // row.tokens, self.row_multiple)
+            shape = self._shapes[row]
+            self._shapes[row] = shape._replace(rows=max(rows, shape.rows))
 
     def arrange(self, sizes: Sequence[Size]) -> tuple[Plan, tuple[ChunkPlan, ...]]:
         """The plan and the chunks of a batch with inputs of these sizes."""
@@ -232,6 +249,7 @@ class BatchPacker:
                 chunk_tokens=self.chunk_tokens,
                 row_multiple=self.row_multiple,
                 at_least=self._shapes.values(),
+                finely=self._finely,
             )
             self._shapes |= {chunk.shape.row: chunk.shape for chunk in chunks}
         return planned, chunks

@@ -25,6 +25,7 @@ from vlm2vec_jax.models.base import Backbone, Processor
 from vlm2vec_jax.models.folders import ModelSource, local_folder
 from vlm2vec_jax.models.loading import Model, add_adapter, flatten, load_model, open_processor
 from vlm2vec_jax.nn.compute import Compute
+from vlm2vec_jax.nn.exact import platform
 from vlm2vec_jax.record import make_record, read_record
 from vlm2vec_jax.training.batching import BatchPacker, PackedStep, RowSizes, Size, choose_rows
 from vlm2vec_jax.training.data import Data
@@ -191,6 +192,7 @@ def packer(
         negatives=config.loss.negatives,
         part=part,
         flops=functools.partial(model.backbone.flops, model.config),
+        finely=platform() == "cpu",
     )
 
 
