@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.list:
         for name, entry in suite.ENTRIES.items():
-            print(f"{name:18} {entry.words}{'' if entry.default else '  (only when named)'}")
+            print(f"{name:18} {entry.words}{'' if entry.default_on else '  (only when named)'}")
         return 0
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {args.rounds}")

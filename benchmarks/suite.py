@@ -14,6 +14,8 @@ from pathlib import Path
 from benchmarks import common
 from benchmarks.common import How, Result
 
+EVERYWHERE = ("cpu", "gpu", "tpu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -22,14 +24,14 @@ class Entry:
     Attributes:
       function: `module:function` below `benchmarks`.
       words: what it measures.
-      default: whether it runs without being asked for.
       devices: where it can run.
+      default_on: where it runs without being asked for.
     """
 
     function: str
     words: str
-    default: bool = True
-    devices: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    devices: tuple[str, ...] = EVERYWHERE
+    default_on: tuple[str, ...] = EVERYWHERE
 
     def run(self, how: How) -> Result:
         """Import and run."""
@@ -47,6 +49,11 @@ ENTRIES: dict[str, Entry] = {
     "crops": Entry("packing:crops", "real crops among those computed"),
     "train_step_direct": Entry("train_step:direct", "the plain step"),
     "train_step_gradcache": Entry("train_step:gradcache", "the step in chunks"),
+    "train_rate": Entry(
+        "train_rate:measure",
+        "whole steps of the recipe, pairs a second; on a CPU only when named",
+        default_on=("gpu", "tpu"),
+    ),
     "dora_overhead": Entry("train_step:dora_overhead", "DoRA against LoRA and PEFT's form"),
     "remedies": Entry("remedies:train", "each remedy of the train step, and their product"),
     "attention": Entry("attention:measure", "the kernel of the platform, and its memory"),
@@ -57,7 +64,7 @@ ENTRIES: dict[str, Entry] = {
     "input_pipeline": Entry(
         "input_pipeline:measure",
         "waiting for data, at most 3 % of a step, and what an image costs",
-        default=False,
+        default_on=(),
     ),
     "score": Entry("score:measure", "ranking candidates"),
     "mmeb_eval_sim": Entry("evaluate:measure", "an evaluation from files to scores"),
@@ -65,8 +72,8 @@ ENTRIES: dict[str, Entry] = {
     "memory": Entry("memory:measure", "the compiler's plan of a step by remat policy"),
     "scaling_fake": Entry("scaling:measure", "what a data-parallel step sends"),
     "checkpoint": Entry("checkpoint:measure", "how long a save stops training"),
-    "backbones": Entry("small_backbones:measure", "every backbone, packed", default=False),
-    "verify": Entry("verify:measure", "checking a data set", default=False, devices=("cpu",)),
+    "backbones": Entry("small_backbones:measure", "every backbone, packed", default_on=()),
+    "verify": Entry("verify:measure", "checking a data set", devices=("cpu",), default_on=()),
 }
 """By name, in the order in which they run."""
 
@@ -82,7 +89,7 @@ def select(only: str | None, device: str) -> list[str]:
       ValueError: in words, for a name that is none, or one that cannot run on the device.
     """
     if only is None:
-        return [n for n, entry in ENTRIES.items() if entry.default and device in entry.devices]
+        return [n for n, entry in ENTRIES.items() if device in entry.default_on]
     if only == "all":
         return [n for n, entry in ENTRIES.items() if device in entry.devices]
     wanted = [name.strip() for name in only.split(",") if name.strip()]

@@ -136,6 +136,26 @@ def test_the_command(tmp_path, repository):
     assert found["benchmarks"]["packing"]["rows"][0]["unit"] == "share"
 
 
+@pytest.mark.slow
+def test_training_is_measured_without_what_reads_data(repository):
+    """A machine that is lent for measuring has jax and flax, and no loader of data or settings."""
+    code = (
+        "import sys\n"
+        "for name in ('grain', 'ml_collections', 'array_record', 'tensorflow_datasets'):\n"
+        "    sys.modules[name] = None\n"
+        "from benchmarks import common\n"
+        "common.prepare()\n"
+        "from benchmarks import train_rate\n"
+        "rate, share = train_rate.measure(common.How(rounds=1, quick=True)).rows\n"
+        "assert rate.ours > 0 and 0 < share.ours < 1, (rate, share)\n"
+        "print('fine')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.split()[-1:] == ["fine"], done.stderr
+
+
 def test_dora_in_pefts_form_is_dora():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6)), jnp.float32)
     key = jax.random.key(1)

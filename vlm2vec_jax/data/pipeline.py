@@ -15,10 +15,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import grain
-import grain.experimental
 import numpy as np
 
 from vlm2vec_jax.data.mixture import Mixture
@@ -27,6 +25,9 @@ from vlm2vec_jax.data.sharing import Assembly, Sharing
 from vlm2vec_jax.data.step_rows import StepRows
 from vlm2vec_jax.errors import UserError, raise_problems
 from vlm2vec_jax.inputs import EncodedInput
+
+if TYPE_CHECKING:
+    import grain
 
 __all__ = ["Batches", "BatchStats", "Encode", "Pack", "Sharing", "batches"]
 
@@ -246,6 +247,10 @@ def batches(
                 [e.items[2:] for e in examples],
             )
         return packed, _stats(examples)
+
+    # Here, so that the step can be built and measured where it is not installed.
+    import grain
+    import grain.experimental
 
     rows = grain.MapDataset.range(start_step * local, _ENDLESS).map(load)
     # Few enough rows ahead that crops do not pile up, enough that no thread waits for the others.

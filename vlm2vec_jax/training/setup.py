@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from vlm2vec_jax.nn.compute import Compute
 from vlm2vec_jax.nn.exact import platform
 from vlm2vec_jax.record import make_record, read_record
 from vlm2vec_jax.training.batching import BatchPacker, PackedStep, RowSizes, Size, choose_rows
-from vlm2vec_jax.training.data import Data
 from vlm2vec_jax.training.identities import identities
 from vlm2vec_jax.training.optimizer import AdamW, make_schedule
 from vlm2vec_jax.training.prompts import prompts_of
@@ -38,6 +37,9 @@ from vlm2vec_jax.training.temperature import TemperatureRule
 from vlm2vec_jax.training.trackers import Tracker, open_trackers
 from vlm2vec_jax.weights.adapter_config import AdapterConfig, peft_config, resolve
 from vlm2vec_jax.weights.adapters import Adapter, load_adapter
+
+if TYPE_CHECKING:
+    from vlm2vec_jax.training.data import Data
 
 
 def load(config: Config, mesh: Mesh) -> tuple[Model, Processor, AdapterConfig | None]:
