@@ -14,10 +14,12 @@ from vlm2vec_jax.parallel import products
 from vlm2vec_jax.training import plan
 
 KERNEL = r"""
-  %%splash_mha_%s_segmented_no_residuals.7 = (f32[4,896,96]{2,1,0}, bf16[4,32,1792,96]{3,2,1,0:T(8,128)(2,1)}) custom-call(%%next, %%q, %%k, %%v, %%s, %%t%s), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
-"xprof_metadata":"{\"block_q\": 896, \"block_kv\": 896, \"block_q_dkv\": 448, \"block_kv_dkv\": 896, \"use_fused_bwd_kernel\": %s}"
+  %%splash_mha_%s_segmented_no_residuals.7 = (f32[4,896,96]{2,1,0}, %sbf16[4,32,1792,96]{3,2,1,0:T(8,128)(2,1)}) custom-call(%%next, %%q, %%k, %%v, %%s, %%t%s), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 896, \"block_kv\": 896, \"block_q_dkv\": 448, \"block_kv_dkv\": 896}"
 }}, metadata={op_name="jit(f)/pallas_call"}
 """
+FUSED = "bf16[4,2,32,1792,96]{4,3,2,1,0:T(8,128)(2,1)}, "
+"""What a backward kernel results in that has q's gradient, too: parts of it by blocks of keys."""
 TEXT = """\
 HloModule jit_f
 
@@ -57,7 +59,7 @@ def kernels(*texts):
 
 def test_what_a_tpu_writes_is_counted():
     """Products of a batch of matrices, a loop whose count is told, kernels by their blocks."""
-    text = kernels(KERNEL % ("fwd", ", %order", "false"), KERNEL % ("dkv", "", "false"))
+    text = kernels(KERNEL % ("fwd", "", ", %order"), KERNEL % ("dkv", "", ""))
     found = {p.kind: p for p in products.products(text, lambda line: 5)}
     assert found["convolution"].flops == 2 * 4 * 10 * 8 * 6
     assert found["convolution"].loops == (5,)
@@ -65,7 +67,7 @@ def test_what_a_tpu_writes_is_counted():
     pairs = 4 * 32 * 96 * 2 * 896 * 896
     assert found["splash fwd"].flops == 2 * 3 * pairs  # of four blocks order leaves three
     assert found["splash dkv"].flops == 4 * 4 * pairs and found["splash dkv"].loops == ()
-    fused = KERNEL % ("dkv", ", %turned", "true")
+    fused = KERNEL % ("dkv", FUSED, ", %turned")
     whole = products.flops(kernels(fused), lambda line: None)
     assert whole["products"] == found["convolution"].flops  # nobody knows: once
     # Half blocks of queries: 448 x 896 behind the diagonal, one more for the lower half.
@@ -76,8 +78,9 @@ def test_what_a_tpu_writes_is_counted():
 @pytest.mark.parametrize("order", ["", ", %order"])
 def test_a_single_row_is_counted_as_one_of_several(part, order):
     """Without an axis for rows, segments have the shapes of the places of queries."""
-    four = kernels(KERNEL % (part, order, "true"))
+    four = kernels(KERNEL % (part, FUSED if part == "dkv" else "", order))
     one = four.replace("[4,32,1792,", "[32,1792,").replace("{3,2,1,0", "{2,1,0")
+    one = one.replace(FUSED, FUSED.replace("[4,", "[").replace("{4,", "{"))
     one = one.replace("s32[4,1792,128]{2,1,0}", "s32[1792,128]{1,0}")
     one = one.replace("s32[4,8,1792]{2,1,0}", "s32[8,1792]{1,0}")
     attention = products.flops(one)["attention"]
@@ -88,7 +91,7 @@ def test_a_single_row_is_counted_as_one_of_several(part, order):
 
 
 def test_a_kernel_that_is_not_known_is_not_left_out():
-    text = kernels((KERNEL % ("fwd", "", "false")).replace("splash_mha", "ring"))
+    text = kernels((KERNEL % ("fwd", "", "")).replace("splash_mha", "ring"))
     with pytest.raises(ValueError, match="ring_fwd.*not known"):
         products.products(text)
 

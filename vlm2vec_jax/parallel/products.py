@@ -25,7 +25,6 @@ _KERNEL = re.compile(r"^splash_\w*?(fwd|dkv|dq)")
 _PRODUCTS_OF_KERNEL = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of a block in splash attention's kernels: logits and values; logits again, their
 gradient and q's; logits again, their gradient, k's and v's, and q's where one kernel does both."""
-_FUSED = r"\"use_fused_bwd_kernel\": true"
 _BLOCKS = {"fwd": ("block_q", "block_kv"), "dq": ("block_q_dq", "block_kv_dq")}
 _BLOCKS["dkv"] = ("block_q_dkv", "block_kv_dkv")
 
@@ -173,7 +172,7 @@ def _kernel(op: hlo.Operation) -> tuple[str, float]:
     if len(ids) > (2 if "segmented" in op.name else 0):
         blocks = sum(min(-(-(i + 1) * high // wide), across) for i in range(down))
     count = _PRODUCTS_OF_KERNEL[part]
-    if part == "dkv" and _FUSED in op.line:
-        count += 1
+    if part == "dkv" and any(len(array.shape) == len(rows) + 4 for array in op.result):
+        count += 1  # it has q's gradient, too, by blocks of keys
     flops = 2.0 * count * blocks * high * wide * width
     return f"splash {part}", math.prod(rows) * heads * flops
