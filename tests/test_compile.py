@@ -47,6 +47,11 @@ def test_memory_out_of_the_compilers_refusal():
         "Exceeded hbm capacity by 8.75G."
     )
     assert plan.memory_refused(message) == int(24.5 * 2**30)
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (15.80G) exceeds available HBM (15.75G)."
+    )
+    assert plan.memory_refused(message) == int(15.8 * 2**30)
     assert plan.memory_refused("INTERNAL: something else") is None
 
 

@@ -19,7 +19,7 @@ from training_tools import mini_model
 from vlm2vec_jax import train
 from vlm2vec_jax.config import AdapterConfig, Config, DataConfig, ModelConfig, PackingConfig
 from vlm2vec_jax.flags import call
-from vlm2vec_jax.models.loading import abstract_model
+from vlm2vec_jax.models.loading import abstract_model, flatten
 from vlm2vec_jax.parallel.mesh import make_mesh
 from vlm2vec_jax.training import aot, fitting, plan, setup
 from vlm2vec_jax.training.assumed import Mix
@@ -80,6 +80,107 @@ def test_what_is_given_is_kept(real):
     # Nothing fits: the most frugal way, for the run to say so.
     config = settled(real, GB)
     assert (config.grad_cache, config.remat) == ("on", "full")
+
+
+def test_chunks_of_data_parallel_chips_do_not_depend_on_their_links(real):
+    assert fitting.gathering(configuration(), *real, "TPU v5 lite") == 0
+    for memory in (12, 32, 80, 140):
+        config = configuration()
+        fits = {
+            fitting.fit(config, *real, memory=memory * GB, chip=chip).words
+            for chip in ("", "TPU v5 lite", "TPU v6 lite")
+        }
+        assert len(fits) == 1
+    assert fitting.largest_chunk(58_000) == 3405 and fitting.largest_chunk(10**6) == 14142
+
+
+def test_gathering_weights_asks_for_fewer_larger_chunks(real):
+    """Under fsdp every chunk gathers all layers, which is worth so many tokens of computing."""
+    model, alone, rows = real
+    config = configuration()
+    trainer = aot.abstract_trainer(config, make_mesh(2, 4, 1))
+    cost = {
+        chip: fitting.gathering(config, model, trainer, rows, chip)
+        for chip in ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3")
+    }
+    # By hand: three quarters of 3.62 B and 0.31 B weights in bfloat16 over 200 GB/s, against half
+    # of 459 TFLOP/s at what a row costs.
+    flops = model.backbone.flops(model.config, rows.visual, rows.units) / rows.visual
+    expected = 0.75 * 2 * 3.93e9 / 200e9 * 459e12 / 2 / flops
+    assert cost["TPU v5"] == pytest.approx(expected, rel=0.02)
+    assert cost["TPU v5 lite"] == pytest.approx(cost["TPU v5"] * 2 * 197 / 459)
+    assert all(400 < tokens < 1500 for tokens in cost.values())
+    # Twice as many share the same weights: each receives more of them.
+    wider = aot.abstract_trainer(config, make_mesh(1, 8, 1))
+    assert fitting.gathering(config, model, wider, rows, "TPU v5") == pytest.approx(
+        cost["TPU v5"] * (7 / 8) / (3 / 4), rel=1e-3
+    )
+    # Tensor partners share the products as they share what is gathered.
+    tensor = aot.abstract_trainer(config, make_mesh(2, 2, 2))
+    assert fitting.gathering(config, model, tensor, rows, "TPU v5") == pytest.approx(
+        cost["TPU v5"] * (1 / 2) / (3 / 4), rel=1e-3
+    )
+    assert fitting.gathering(config, model, trainer, rows, "cpu") == fitting.GATHERING
+
+    def chunk(trainer, **fields):
+        found = fitting.fit(
+            configuration(grad_cache="on", **fields), model, trainer, rows, chip="TPU v5",
+            memory=80 * GB,
+        ).config  # fmt: skip
+        return found.packing.chunk_tokens, found.remat
+
+    # Of what fits: twice the memory's worth of everything recomputed, less than that of nothing.
+    (small, _), (large, _) = chunk(alone, remat="full"), chunk(trainer, remat="full")
+    assert large >= 2 * small and large <= fitting.MOST_CHUNK
+    (small, remat), (large, same) = chunk(alone), chunk(trainer)
+    assert large > small and remat == same == "none"
+
+
+def test_small_chunks_that_are_gathered_for_long_give_way_to_large_ones(real):
+    """Under fsdp: with all kept, but often gathered for, they would lose to all made again."""
+    model, alone, rows = real
+    chip = "TPU v6 lite"
+    trainer = aot.abstract_trainer(configuration(), make_mesh(1, 8, 1))
+    cost = fitting.gathering(configuration(), model, trainer, rows, chip)
+
+    def chosen(trainer, memory):
+        config = configuration(grad_cache="on")
+        found = fitting.fit(config, model, trainer, rows, memory=memory * GB, chip=chip).config
+        return found.packing.chunk_tokens, found.remat
+
+    taken = {memory: chosen(trainer, memory) for memory in range(10, 100)}
+    assert {"none", "full"} <= {remat for _, remat in taken.values()}
+    most = max(tokens for tokens, _ in taken.values())
+    for tokens, remat in taken.values():
+        if remat != "full":  # three passes and their gathering, against four in the largest chunk
+            assert 3 * (1 + cost / tokens) <= 4 + 3 * cost / most
+    # Where nothing is gathered (whole weights take 7 GB more), small chunks are good enough.
+    ahead = [memory for memory, (_, remat) in taken.items() if remat == "full"][-1]
+    assert chosen(alone, ahead + 10)[1] in ("none", "dots")
+
+
+def test_a_tower_without_adapters_keeps_nothing(real):
+    """No gradient goes there: what would be kept for one does not count, nor how."""
+    model, _, rows = real
+    text = "qkv_proj,o_proj,gate_up_proj,down_proj"
+    config = configuration(adapter=AdapterConfig(type="lora", dropout=0.0, targets=text))
+    trainer = aot.abstract_trainer(config, make_mesh(8, 1, 1))
+    assert not any("vision" in path for path in flatten(trainer.state.params))
+    way = fitting.Way(False, "full", "full")
+    seen, unseen = (
+        fitting.activations(config, model, way, rows, 1.0, tower=tower) for tower in (True, False)
+    )
+    token, unit = model.backbone.activation_bytes(model.config, "full", "full", 2)
+    assert unseen == token and seen == token + rows.units / rows.visual * unit
+    # The batch in one piece fits into less; no step is compiled for the tower's sake alone.
+    tried = []
+
+    def compiled(config):
+        tried.append((config.grad_cache, config.remat, config.remat_vision))
+        return 10**15
+
+    fitting.fit(config, model, trainer, rows, memory=10**14, compiled=compiled)
+    assert len(tried) == len({one[:2] for one in tried}) > 1
 
 
 @given(factor=st.floats(0.4, 3.0), memory=st.integers(20, 2000))

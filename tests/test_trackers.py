@@ -129,6 +129,20 @@ def test_peaks(kind, tera):
     assert chips.peak_flops(kind) == (None if tera is None else tera * 1e12)
 
 
+@pytest.mark.parametrize(
+    ("kind", "giga"),
+    [
+        ("TPU v5 lite", 100),
+        ("TPU v5", 200),
+        ("NVIDIA H200", 450),
+        ("NVIDIA L40S", 32),
+        ("cpu", None),
+    ],
+)
+def test_links(kind, giga):
+    assert chips.link_bytes(kind) == (None if giga is None else giga * 1e9)
+
+
 def test_mfu_and_memory():
     def chip(kind, peak=None):
         stats = {"peak_bytes_in_use": peak} if peak else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a chip: its peak rate of bfloat16 products, its memory in use."""
+"""What is known of a chip: its peak rate of bfloat16 products, its links, its memory in use."""
 
 from __future__ import annotations
 
@@ -25,14 +25,44 @@ _PEAKS = (
     ("l4", 121e12),
 )
 
+# Bytes/s that a chip receives from those beside it along one axis of a mesh, by the data sheets:
+# over two of a TPU's four or six links, one way; over NVLink or, without, sixteen lanes of PCIe.
+_LINKS = (
+    ("tpu v6", 200e9),
+    ("tpu v5p", 200e9),
+    ("tpu v5 lite", 100e9),
+    ("tpu v5e", 100e9),
+    ("tpu v5", 200e9),
+    ("tpu v4", 100e9),
+    ("b200", 900e9),
+    ("h200", 450e9),
+    ("h100 pcie", 64e9),
+    ("h100", 450e9),
+    ("a100", 300e9),
+    ("l40s", 32e9),
+    ("l4", 32e9),
+)
+
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of a chip by jax's name for it; None for one that is not known.
 
     A CPU has no such figure: None.
     """
+    return _of(device_kind, _PEAKS)
+
+
+def link_bytes(device_kind: str) -> float | None:
+    """Bytes/s that a chip receives at most where each shares something with those beside it.
+
+    Chips are taken to be on one axis of a slice, or in one machine. None for one not known.
+    """
+    return _of(device_kind, _LINKS)
+
+
+def _of(device_kind: str, figures: Iterable[tuple[str, float]]) -> float | None:
     kind = device_kind.lower()
-    return next((peak for name, peak in _PEAKS if name in kind), None)
+    return next((figure for name, figure in figures if name in kind), None)
 
 
 def mfu(flops: float, seconds: float, devices: Iterable[Any]) -> float | None:

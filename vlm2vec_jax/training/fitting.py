@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from vlm2vec_jax.config import Config
-from vlm2vec_jax.models.loading import Model
+from vlm2vec_jax.models.loading import Model, flatten
+from vlm2vec_jax.parallel import chips
 from vlm2vec_jax.parallel.mesh import row_shards
 from vlm2vec_jax.parallel.sharding import bytes_per_chip
 from vlm2vec_jax.training.batching import RowSizes
@@ -28,17 +29,22 @@ from vlm2vec_jax.training.state import Trainer
 USABLE = 0.95
 """Share of a chip's memory that a program may plan with; the rest is the runtime's."""
 LEAST_CHUNK = 2048
-"""Tokens of a device below which a chunk hardly keeps a chip busy, and gathering weights for it
-under fsdp takes longer than computing."""
+"""Tokens of a device below which a chunk hardly keeps a chip busy."""
 MOST_CHUNK = 16384
-"""Tokens of a device beyond which a chunk is certainly not faster."""
+"""Tokens of a device beyond which a chunk is hardly faster, if at all."""
 PER_CHUNK = 100
 """What a chunk costs besides its tokens, in tokens: reading the weights once (8.3 GB at 2.8 TB/s in
 a v5p take 3 ms, in which it computes 95 tokens at half its peak)."""
+GATHERING = 1000
+"""What gathering the weights for a chunk costs under fsdp, in tokens, on a chip that is not known;
+see `gathering`."""
 OVER = {"none": 1.4, "dots": 1.5, "full": 1.0, "offload": 1.0}
 """What a compiled LoRA step has as temporaries over the values that are counted, by the decoder's
 remat: inputs that adapters dropped, masks, float32 copies for norms (tests/goldens/tpu_programs:
 none 1.35 to 1.4, dots 1.5, full 0.9)."""
+DORA = 1.3
+"""What DoRA's elementwise product at every adapted layer adds to that where its input is kept
+(Qwen2-VL-7B and LLaVA-NeXT-7B: 1.75 and 1.85 in place of 1.4)."""
 MOST_TRIALS = 4
 """Steps that may be compiled for a choice; each costs what the run's own does."""
 
@@ -109,13 +115,22 @@ def held(trainer: Trainer) -> dict[str, int]:
     }
 
 
-def activations(config: Config, model: Model, way: Way, rows: RowSizes, tokens: float) -> float:
-    """Estimated bytes that the backward pass of so many tokens of a device keeps."""
+def activations(
+    config: Config, model: Model, way: Way, rows: RowSizes, tokens: float, *, tower: bool = True
+) -> float:
+    """Estimated bytes that the backward pass of so many tokens of a device keeps.
+
+    Without `tower` nothing in the vision tower is trained: no gradient goes there, and it keeps
+    nothing for one.
+    """
     itemsize = np.dtype(config.model.dtype).itemsize
     per_token, per_unit = model.backbone.activation_bytes(
         model.config, way.remat, way.remat_vision, itemsize
     )
-    return OVER[way.remat] * tokens * (per_token + rows.units / rows.visual * per_unit)
+    over = OVER[way.remat]
+    if config.adapter.type == "dora" and way.remat in ("none", "dots"):
+        over *= DORA
+    return over * tokens * (per_token + tower * rows.units / rows.visual * per_unit)
 
 
 def fit(
@@ -125,6 +140,7 @@ def fit(
     rows: RowSizes,
     *,
     memory: int,
+    chip: str = "",
     compiled: Callable[[Config], int] | None = None,
 ) -> Fit:
     """Settle what the configuration leaves open.
@@ -135,6 +151,7 @@ def fit(
       trainer: its state may be shapes.
       rows: of the run's batches.
       memory: bytes of a device.
+      chip: jax's name for its kind, see `gathering`.
       compiled: (settled configuration) -> bytes that its compiled step needs of a device, called
         at most `MOST_TRIALS` times; None to go by the estimate alone.
     """
@@ -147,21 +164,31 @@ def fit(
         found = [way for way in found if way.cached or config.grad_cache == "off"]
     if len(found) == 1 and (given or not found[0].cached):
         return Fit(_settled(config, found[0], given), "")
+    tower = any(path.startswith("vision/") for path in flatten(trainer.state.params))
+    if not tower:  # ways that differ there only are the same
+        kinds: dict[tuple[bool, str], Way] = {}
+        for way in found:
+            kinds.setdefault((way.cached, way.remat), way)
+        found = list(kinds.values())
     row = max(rows.text, rows.visual)
     least = max(min(LEAST_CHUNK, whole), row)
-    most = max(largest_chunk(whole) // row * row, row)
+    gathers = gathering(config, model, trainer, rows, chip)
+    most = max(largest_chunk(whole, PER_CHUNK + gathers) // row * row, row)
+    # With smaller chunks gathering costs more than to recompute everything in the largest.
+    enough = max(3 * gathers / (1 + 3 * gathers / most), least)
     limit, fixed = int(USABLE * memory), sum(held(trainer).values())
     tried: list[str] = []
     # What a compiled step kept over its estimate: the next one is taken to be no better.
     factor = 1.0
     for way in found:
-        slope = activations(config, model, way, rows, 1.0)
+        slope = activations(config, model, way, rows, 1.0, tower=tower)
+        fewest = least if way is found[-1] else enough
         while True:
             room = int(max(limit - fixed, 0) / max(factor * slope, 1e-9))
             tokens = given if way.cached else whole
             if way.cached and not given:
                 tokens = min(room // row * row, most)
-            if tokens > room or tokens < (least if way.cached and not given else 0):
+            if tokens > room or tokens < (fewest if way.cached and not given else 0):
                 break  # by what is known so far: the next way
             fitted = _settled(config, way, tokens)
             if compiled is None or len(tried) == MOST_TRIALS:
@@ -177,14 +204,40 @@ def fit(
     return Fit(_settled(config, found[-1], tokens), told)
 
 
-def largest_chunk(whole: int) -> int:
+def largest_chunk(whole: int, per_chunk: float = PER_CHUNK) -> int:
     """Tokens of a chunk beyond which a step of so many tokens would be slower.
 
-    Each chunk reads the weights, and on average half of the last one is empty: t / 2 + whole / t x
-    `PER_CHUNK` tokens are lost with chunks of t, least at the square root of 2 x whole x that.
+    Each chunk costs `per_chunk` tokens, and on average half of the last one is empty: t / 2 +
+    whole / t x `per_chunk` tokens are lost with chunks of t, least at the square root of 2 x whole
+    x that.
     """
-    best = math.isqrt(2 * PER_CHUNK * whole)
+    best = math.isqrt(int(2 * per_chunk * whole))
     return min(max(best, LEAST_CHUNK), MOST_CHUNK, whole)
+
+
+def gathering(config: Config, model: Model, trainer: Trainer, rows: RowSizes, chip: str) -> float:
+    """Tokens that a device computes at half its peak while fsdp gathers all layers once; else 0.
+
+    Every pass over a chunk, forward or backward, gathers them once. They are taken to be waited
+    for: how much of it hides behind computing, only a run could tell. `chip` is jax's name for the
+    devices' kind; `GATHERING` where nothing is known of it.
+    """
+    others = trainer.mesh.shape["fsdp"] - 1
+    if not others:
+        return 0.0
+    peak, link = chips.peak_flops(chip), chips.link_bytes(chip)
+    if peak is None or link is None:
+        return GATHERING
+    received = 0
+    for path, leaf in {**flatten(trainer.frozen), **flatten(trainer.state.params)}.items():
+        # The table is gathered outside of the chunk loops, the head never.
+        if path == "embed/table" or model.backbone.is_unused(path):
+            continue
+        if "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec)):
+            received += others * math.prod(leaf.sharding.shard_shape(leaf.shape))
+    seconds = received * np.dtype(config.model.dtype).itemsize / link
+    flops = model.backbone.flops(model.config, rows.visual, rows.units) / rows.visual
+    return seconds * peak / 2 / (flops / trainer.mesh.shape["tensor"])
 
 
 def taken_up(config: Config, chosen: dict[str, Any]) -> Fit | None:

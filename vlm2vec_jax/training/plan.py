@@ -148,6 +148,7 @@ def check(
         trainer,
         setup.rows_of(config, model, sizes),
         memory=hbm,
+        chip=mesh.devices.flat[0].device_kind,
         compiled=lambda config: program(config)[2]["peak_bytes_per_chip"],
     )
     config = fitted.config
@@ -278,7 +279,7 @@ def _compiled(
         needed = memory_refused(str(error))
         if needed is None:
             raise
-        found = {"fits": False, "peak_bytes_per_chip": needed, "collectives": {}}
+        found = {"fits": False, "peak_bytes_per_chip": max(needed, hbm), "collectives": {}}
     return found | {"compile_cpu_s": round(time.process_time() - started, 1)}
 
 
@@ -337,8 +338,15 @@ def measure(
 
 
 def memory_refused(message: str) -> int | None:
-    """Bytes that a program needs, out of the TPU compiler's refusal; None for other errors."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
-    if found is None:
-        return None
-    return int(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " "))
+    """Bytes that a program needs, out of the TPU compiler's refusal; None for other errors.
+
+    It may be the temporaries alone that are said.
+    """
+    for words in (
+        r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm",
+        r"total memory required for [\w ]+ \(([\d.]+)([KMGT]?)i?B?\) exceeds available HBM",
+    ):
+        found = re.search(words, message)
+        if found is not None:
+            return int(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " "))
+    return None

@@ -101,6 +101,7 @@ def settle(
         trainer,
         setup.rows_of(config, model, sizes),
         memory=memory,
+        chip=trainer.mesh.devices.flat[0].device_kind,
         compiled=compiled if reporting else None,
     )
     record = {"mesh": mesh, "memory": memory, "chosen": fitted.chosen}
@@ -136,4 +137,4 @@ def step_bytes(
         needed = plan.memory_refused(str(error))
         if needed is None:
             raise
-        return needed
+        return max(needed, memory)
