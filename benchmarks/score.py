@@ -24,47 +24,58 @@ TRUNCATED = 256
 """Of a million of them, 1 GB."""
 
 
+def measure_lists(how: How) -> Result:
+    """A row for each kind of MMEB's lists."""
+    import numpy as np
+
+    rng = np.random.default_rng(how.seed)
+    width, count = how.pick((WIDTH, 128), (32, 8))
+    rows, timings = [], {}
+    n = how.pick(1000, 20)
+    many = rng.standard_normal((n, width)).astype(np.float32)
+    few = many[: how.pick(32, 4)]
+    for name, asking, pool, target in (
+        (f"lists of {n:,}, all of the same", many, n, 25.0),
+        (f"lists of {n:,} from {2 * n:,}", many, 2 * n, 25.0),
+        (f"lists of {n:,} that share nothing", few, n * len(few), None),
+    ):
+        looped = min(count, len(asking))
+        ours, loop = lists(rng, asking, n, pool, looped)
+        timings[name] = common.alternate({"ours": ours, "loop": loop}, how.rounds)
+        rows.append(_row(name, timings[name], len(asking), looped, n, width, target))
+    return Result(rows, timings)
+
+
 def measure(how: How) -> Result:
-    """A row for each kind of MMEB's lists, and one for each size of a corpus."""
+    """A row for each size of a corpus."""
     import numpy as np
 
     rng = np.random.default_rng(how.seed)
     width, count = how.pick((WIDTH, 128), (32, 8))
     queries = rng.standard_normal((count, width)).astype(np.float32)
     rows, timings = [], {}
-
-    def add(name, ours, loop, done, candidates, target, width=width, count=count):
-        timings[name] = timing = common.alternate({"ours": ours, "loop": loop}, how.rounds)
-        each = 1e3 / count
-        rows.append(
-            Row(
-                name, timing.median("ours") * each, "ms/query", "loop over the queries",
-                timing.median("loop") / done * 1e3,
-                timing.ratio("loop", "ours") * count / done,
-                target,
-                shapes={"queries": count, "candidates": candidates, "width": width, "looped": done},
-            )
-        )  # fmt: skip
-
-    n = how.pick(1000, 20)
-    many = rng.standard_normal((n, width)).astype(np.float32)
-    few = many[: how.pick(32, 4)]
-    done = min(n, count)
-    for name, asking, pool, target in (
-        (f"lists of {n:,}, all of the same", many, n, 25.0),
-        (f"lists of {n:,} from {2 * n:,}", many, 2 * n, 25.0),
-        (f"lists of {n:,} that share nothing", few, n * len(few), None),
-    ):
-        looped = min(done, len(asking))
-        both = lists(rng, asking, n, pool, looped)
-        add(name, *both, looped, n, target, count=len(asking))
     for size in how.pick((1000, 10_000, 100_000, 1_000_000), (100,)):
         own = min(width, TRUNCATED) if size >= 1_000_000 else width
         pool = rng.standard_normal((size, own), np.float32)
         done = max(2, min(count, LOOP_CANDIDATES // size))
-        both = one_corpus(np.ascontiguousarray(queries[:, :own]), pool, done)
-        add(f"corpus of {size:,}", *both, done, size, None, own)
+        ours, loop = one_corpus(np.ascontiguousarray(queries[:, :own]), pool, done)
+        name = f"corpus of {size:,}"
+        timings[name] = common.alternate({"ours": ours, "loop": loop}, how.rounds)
+        rows.append(_row(name, timings[name], count, done, size, own))
     return Result(rows, timings)
+
+
+def _row(name, timing, count, looped, candidates, width, target=None) -> Row:
+    return Row(
+        name,
+        timing.median("ours") / count * 1e3,
+        "ms/query",
+        "loop over the queries",
+        timing.median("loop") / looped * 1e3,
+        timing.ratio("loop", "ours") * count / looped,
+        target,
+        shapes={"queries": count, "candidates": candidates, "width": width, "looped": looped},
+    )
 
 
 def lists(rng, queries, size, pool, done):
