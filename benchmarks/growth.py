@@ -4,8 +4,10 @@
     python -m benchmarks.growth [--only layers,devices] [--quick] [--output FOLDER]
     python -m benchmarks.growth --plot benchmarks/results/<date>-cpu-growth.json
 
-On a CPU with the scaled-down model: one pinned thread, CPU seconds, the least of three runs.
-Memory is the compiler's plan, bytes sent are read out of programs compiled for simulated devices.
+On a CPU with the scaled-down model: one pinned thread, CPU seconds, the least of three runs
+(of two where one takes more than a second).
+Memory is the compiler's plan of the very programs that are timed (temporaries: without weights and
+inputs); bytes sent are read out of programs compiled for simulated devices.
 The plots (`docs/performance/*.svg`) need matplotlib, the extra `plots`.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +30,8 @@ from benchmarks.beds import Bed, NoProcessor
 
 PLOTS = Path(__file__).parent.parent / "docs" / "performance"
 ROUNDS = 3
+LONG_S = 1.0
+"""What takes longer is run once less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Curve:
       x: the quantity.
       series: name -> a figure for each x, None where it was not taken.
       expected: what theory says, in words.
+      memory: the same, planned MB; empty where there is nothing to say.
+      load: load average before and after.
     """
 
     title: str
@@ -47,92 +54,141 @@ class Curve:
     x: list[float]
     series: dict[str, list[float | None]]
     expected: str
+    memory: dict[str, list[float | None]] = dataclasses.field(default_factory=dict)
+    load: tuple[float, float] = (0.0, 0.0)
 
 
 def least(function: Callable[[], Any]) -> float:
     """CPU seconds of the fastest of some runs, after one that does not count."""
+    start = time.process_time()
     function()
+    long = time.process_time() - start > LONG_S
     found = []
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS - long):
         start = time.process_time()
         function()
         found.append(time.process_time() - start)
     return min(found)
 
 
-def _embedder(size: str):
-    from vlm2vec_jax.embedder import Embedder
-    from vlm2vec_jax.nn.compute import Compute
+class Embedding:
+    """The Embedder's own road, and what its programs need."""
 
-    bed = Bed(size)
-    model = bed.model()
-    return bed, Embedder(model, NoProcessor(bed.layout), Compute("float32"), None)
+    def __init__(self, size: str):
+        from vlm2vec_jax.embedder import Embedder
+        from vlm2vec_jax.nn.compute import Compute
+
+        self.bed = Bed(size)
+        compute = Compute("float32")
+        self._embedder = Embedder(self.bed.model(), NoProcessor(self.bed.layout), compute, None)
+
+    def seconds(self, items: list[Any]) -> float:
+        """CPU seconds to embed them."""
+        return least(lambda: self._embedder.encode_encoded(items))
+
+    def planned_mb(self, items: list[Any]) -> float:
+        """Temporaries of the largest call."""
+        ours, found = self._embedder, 0
+        for rows, count, shape in ours._batches.rows([(len(i), i.units) for i in items], None):
+            batch = ours._fill(rows, dict(enumerate(items)), shape, count)
+            plan = ours._embed.lower(ours._state, batch).compile().memory_analysis()
+            found = max(found, plan.temp_size_in_bytes)
+        return found / 1e6
+
+
+def _step(bench: Any, cached: bool) -> tuple[float, float]:
+    """CPU seconds of a train step (loss and gradients), and planned MB."""
+    import jax
+
+    run, arguments = bench.program(cached=cached)
+    program = run.lower(*arguments).compile()
+    seconds = least(lambda: jax.block_until_ready(program(*arguments)))
+    return seconds, program.memory_analysis().temp_size_in_bytes / 1e6
 
 
 def batch_size(quick: bool) -> Curve:
-    """Texts embedded at once."""
-    bed, embedder = _embedder("tiny" if quick else "scaled")
-    rng = np.random.default_rng(0)
-    counts = [4, 8] if quick else [16, 64, 256]
-    seconds = []
+    """Pairs of texts in a LoRA step, in chunks of GradCache and at once."""
+    from benchmarks.common import How
+    from benchmarks.train_step import Bench, text_pairs
+
+    bed, how = Bed("tiny" if quick else "scaled"), How()
+    counts = [4, 8] if quick else [4, 8, 16, 32]
+    kinds = {"GradCache, chunks of 512 tokens": True, "at once": False}
+    times: dict[str, list] = {kind: [] for kind in kinds}
+    memory: dict[str, list] = {kind: [] for kind in kinds}
+    bench = Bench(bed, how, "lora", *text_pairs(bed, how, 4))
     for count in counts:
-        items = bed.texts(rng, count)
-        seconds.append(1e3 * least(lambda items=items: embedder.encode_encoded(items)) / count)
+        varied = bench.varied(sides=text_pairs(bed, how, count))
+        for kind, cached in kinds.items():
+            seconds, planned = _step(varied, cached)
+            times[kind].append(1e3 * seconds / count)
+            memory[kind].append(planned)
     return Curve(
-        "Texts embedded at once", "texts", "CPU ms per text", counts, {"packed rows": seconds},
-        "a constant: rows are as full for few texts as for many",
+        "A train step by its batch", "pairs of texts", "CPU ms per pair", counts, times,
+        "time: a constant, GradCache half as much again; memory: a constant with GradCache, linear "
+        "at once",
+        memory,
     )  # fmt: skip
 
 
 def crops(quick: bool) -> Curve:
     """Crops of one photograph."""
-    bed, embedder = _embedder("tiny" if quick else "scaled")
+    embedding = Embedding("tiny" if quick else "scaled")
     rng = np.random.default_rng(0)
-    grids = [(1, 1), (1, 2)] if quick else [(1, 1), (1, 2), (2, 2), (2, 3), (3, 4)]
-    seconds, flops = [], []
-    for grid in grids:
-        item = bed.photo(rng, *grid, 32)
-        seconds.append(least(lambda item=item: embedder.encode_encoded([item])))
-        flops.append(bed.flops([item]) / 1e9)
+    grids = [(1, 2), (2, 2)] if quick else [(1, 2), (2, 2), (2, 3), (3, 4), (4, 4)]
+    items = [embedding.bed.photo(rng, *grid, 32) for grid in grids]
+    seconds = [embedding.seconds([item]) for item in items]
+    flops = [embedding.bed.flops([item]) / 1e9 for item in items]
     rate = max(f / s for f, s in zip(flops, seconds))
     return Curve(
         "A photograph by its crops", "crops, global view included", "CPU s",
         [rows * columns + 1 for rows, columns in grids],
         {"measured": seconds, "useful FLOPs at the best rate": [f / rate for f in flops]},
-        "linear in crops, and attention with the square of the tokens on top",
+        "linear in crops, and attention with the square of the tokens on top; memory linear",
+        {"embedding": [embedding.planned_mb([item]) for item in items]},
     )  # fmt: skip
 
 
 def sequence_length(quick: bool) -> Curve:
     """Tokens of one text in a row of its own."""
-    bed, embedder = _embedder("tiny" if quick else "scaled")
+    embedding = Embedding("tiny" if quick else "scaled")
     rng = np.random.default_rng(0)
-    lengths = [16, 32] if quick else [128, 512, 1024, 2048]
-    seconds, flops = [], []
-    for length in lengths:
-        item = bed.text(rng, length)
-        seconds.append(1e6 * least(lambda item=item: embedder.encode_encoded([item])) / length)
-        flops.append(bed.flops([item]) / length)
+    lengths = [16, 32] if quick else [128, 256, 512, 1024, 2048, 4096]
+    items = [embedding.bed.text(rng, length) for length in lengths]
+    seconds = [1e6 * embedding.seconds([item]) / len(item) for item in items]
+    flops = [embedding.bed.flops([item]) / len(item) for item in items]
     rate = max(f / s for f, s in zip(flops, seconds))
     return Curve(
         "A text by its length", "tokens", "CPU us per token", lengths,
         {"measured": seconds, "useful FLOPs at the best rate": [f / rate for f in flops]},
-        "linear: attention adds a part that grows with the length",
+        "linear: attention adds a part that grows with the length; memory linear",
+        {"embedding": [embedding.planned_mb([item]) for item in items]},
     )  # fmt: skip
 
 
 def chunk_size(quick: bool) -> Curve:
-    """Tokens of a chunk of the GradCache step: planned memory."""
-    from benchmarks.memory import ROW_TOKENS, planned
+    """Tokens of a chunk of a LoRA step with GradCache."""
+    from benchmarks.common import How
+    from benchmarks.train_step import Bench, text_pairs
 
-    bed = Bed("tiny" if quick else "scaled")
-    rows = [1, 2] if quick else [1, 2, 4, 8]
-    kinds = ("full",) if quick else ("none", "full")
-    series = {f"remat {remat}": [planned(bed, remat, n) / 1e6 for n in rows] for remat in kinds}
+    bed, how = Bed("tiny" if quick else "scaled"), How()
+    sides = text_pairs(bed, how, 4 if quick else 20)
+    tokens = [256, 512] if quick else [256, 512, 1024, 2048]
+    times: dict[str, list] = {}
+    memory: dict[str, list] = {}
+    bench = Bench(bed, how, "lora", *sides)
+    for remat in ("full",) if quick else ("none", "full"):
+        kind = f"remat {remat}"
+        times[kind], memory[kind] = [], []
+        for count in tokens:
+            seconds, planned = _step(bench.varied(chunk_tokens=count, remat=remat), True)
+            times[kind].append(1e3 * seconds / len(sides[0]))
+            memory[kind].append(planned)
     return Curve(
-        "Memory of a GradCache step by its chunk", "tokens of a chunk", "planned MB",
-        [n * ROW_TOKENS for n in rows], series,
-        "linear in the tokens of a chunk, and independent of the batch",
+        "A GradCache step by its chunk", "tokens of a chunk", "CPU ms per pair", tokens, times,
+        "time: a constant, but for what the last chunk has empty; memory: linear in the tokens of "
+        "a chunk",
+        memory,
     )  # fmt: skip
 
 
@@ -160,7 +216,8 @@ def layers(quick: bool) -> Curve:
     """Layers of a decoder: seconds to compile its gradient."""
     from benchmarks.compile_time import gradient_seconds
 
-    depths = [2, 3] if quick else [4, 8, 16]
+    depths = [2, 3] if quick else [4, 8, 16, 32]
+    gradient_seconds(2, False)  # the first of a process also sets the compiler up
     series = {
         name: [gradient_seconds(n, name == "unrolled") for n in depths]
         for name in ("scanned", "unrolled")
@@ -211,6 +268,21 @@ CURVES: dict[str, Callable[[bool], Curve]] = {
 }
 
 
+def _draw_panel(axes: Any, curve: Curve, series: dict[str, list[float | None]]) -> None:
+    for label, values in series.items():
+        axes.plot(curve.x, values, marker="o", label=label)
+    wide = min(curve.x) > 0 and max(curve.x) >= 8 * min(curve.x)
+    axes.set_xscale("log", base=2) if wide else None
+    flat = [v for values in series.values() for v in values if v]
+    if max(flat) > 30 * min(flat):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(curve.xlabel)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
 def draw(curves: dict[str, Curve], folder: Path) -> list[Path]:
     """Write an SVG per curve, all of modest size.
 
@@ -228,21 +300,14 @@ def draw(curves: dict[str, Curve], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, curve in curves.items():
-        figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-        for label, values in curve.series.items():
-            axes.plot(curve.x, values, marker="o", label=label)
-        wide = min(curve.x) > 0 and max(curve.x) > 8 * min(curve.x)
-        axes.set_xscale("log", base=2) if wide else None
-        flat = [v for values in curve.series.values() for v in values if v]
-        if max(flat) > 30 * min(flat):
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-        axes.set_title(curve.title, fontsize=10)
-        axes.set_xlabel(curve.xlabel)
-        axes.set_ylabel(curve.ylabel)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        panels = [(curve.series, curve.ylabel)]
+        panels += [(curve.memory, "planned MB")] if curve.memory else []
+        size = (5 * len(panels), 3.2)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained")
+        for panel, (series, label) in zip(np.atleast_1d(axes), panels, strict=True):
+            _draw_panel(panel, curve, series)
+            panel.set_ylabel(label)
+        figure.suptitle(curve.title, fontsize=10)
         path = folder / f"{name}.svg"
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
@@ -276,13 +341,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.pin()
     curves, told = {}, {}
     for name in names:
-        start = time.process_time()
-        curves[name] = curve = CURVES[name](args.quick)
+        start, load = time.process_time(), os.getloadavg()[0]
+        curve = CURVES[name](args.quick)
+        load = round(load, 2), round(os.getloadavg()[0], 2)
+        curves[name] = curve = dataclasses.replace(curve, load=load)
         told[name] = round(time.process_time() - start, 1)
         print(f"{curve.title} ({told[name]} CPU s)", flush=True)
-        for label, values in curve.series.items():
-            shown = ", ".join(f"{x:g}: {value:.4g}" for x, value in zip(curve.x, values))
-            print(f"  {label}, {curve.ylabel}: {shown}", flush=True)
+        for unit, series in ((curve.ylabel, curve.series), ("planned MB", curve.memory)):
+            for label, values in series.items():
+                shown = ", ".join(f"{x:g}: {value:.4g}" for x, value in zip(curve.x, values))
+                print(f"  {label}, {unit}: {shown}", flush=True)
         # After each, so that a run that is stopped leaves what it has.
         record = {
             **common.machine(),

@@ -9,8 +9,10 @@ needs few programs; both sides embed the same texts.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from benchmarks import common
 from benchmarks.beds import Bed
 from benchmarks.common import How, Result, Row, compared, overhead
 from benchmarks.peak import useful
+
+if TYPE_CHECKING:
+    from vlm2vec_jax.nn.compute import RematKind
 
 GRID = 32
 """What the lengths of texts are multiples of."""
@@ -206,10 +211,31 @@ class Bench:
             use_peft_form(model.module)
         self.model = Trained(*split_trainable(model, full=full))
         self.compute, self.dropout = Compute(how.dtype), dropout
+        self.chunk_tokens = CHUNK_TOKENS.get(how.device, 16384)
         self._packed = {}
+
+    def varied(self, *, sides=None, chunk_tokens: int = 0, remat: RematKind | None = None) -> Bench:
+        """The same model with another batch, chunk (of our step), or policy."""
+        other = copy.copy(self)
+        other.sides, other._packed = sides or self.sides, {}
+        other.chunk_tokens = chunk_tokens or self.chunk_tokens
+        other.compute = dataclasses.replace(self.compute, remat=remat or self.compute.remat)
+        return other
 
     def ours(self, *, cached: bool, key=None):
         """A function that runs our step: `training.step` in one compiled program."""
+        import jax
+
+        run, arguments = self.program(cached=cached, key=key)
+
+        def step():
+            value, _, grads = run(*arguments)
+            return jax.block_until_ready((value, grads))
+
+        return step
+
+    def program(self, *, cached: bool, key=None):
+        """Our step as a jitted function that nothing has called yet, and its arguments."""
         import jax
 
         from vlm2vec_jax.training.step import StepSpec, TrainBatch, loss_and_grads
@@ -219,12 +245,7 @@ class Bench:
         batch = jax.device_put(TrainBatch(self._pack(cached).groups, ids))
         run = jax.jit(functools.partial(loss_and_grads, self.model.graphdef, spec))
         key = jax.random.key(0) if key is None else key
-
-        def step():
-            value, _, grads = run(self.model.params, self.model.frozen, batch, key)
-            return jax.block_until_ready((value, grads))
-
-        return step
+        return run, (self.model.params, self.model.frozen, batch, key)
 
     def shaped(self, form, *, chunk: int | None, key=None):
         """A function that runs the step in a form: "reference" or a `Form`."""
@@ -244,11 +265,6 @@ class Bench:
             multiple=GRID,
             key=key,
         )
-
-    @property
-    def chunk_tokens(self) -> int:
-        """Of our step."""
-        return CHUNK_TOKENS.get(self.how.device, 16384)
 
     def _pack(self, cached: bool):
         """The batch as `vlm2vec_jax.train` packs it, with chunks of our size."""
