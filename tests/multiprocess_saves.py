@@ -104,7 +104,7 @@ def batch_of(part: tuple[int, int]) -> tuple[BatchPacker, TrainBatch]:
     rows = choose_rows(sizes, longest=512)
     packer = BatchPacker(rows, VisualLayout(0, 0, {}), chunk_tokens=128, row_multiple=2, part=part)
     planned = packer.plan_step(sizes)
-    packed = packer.fill(planned, {i: inputs[i] for i in packer.items(planned)})
+    packed = packer.fill(planned, {i: inputs[i] for i in packer.items(planned)}, [()] * len(inputs))
     return packer, TrainBatch(packed.groups, np.arange(PAIRS, dtype=np.int32))
 
 

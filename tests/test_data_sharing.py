@@ -64,7 +64,8 @@ class Packer:
             i for i, (n, u) in enumerate(planned[0]) if (n + u + i) % self.processes == self.process
         ]
 
-    def fill(self, planned, encoded):
+    def fill(self, planned, encoded, images):
+        assert [sum(of) for of in images] == [units for _, units in planned[0]]
         assert sorted(encoded) == self.items(planned)
         return {i: item.tokens.tobytes() for i, item in encoded.items()}
 

@@ -127,6 +127,7 @@ class EncodedInput:
       visual: arrays with a leading axis of visual units; empty for a text. A unit is the piece of
         image that the backbone counts in: a crop (Phi-3.5-V), a merged patch (Qwen), a tile.
       units: how many visual units.
+      images: units of each image, where there are several; () for one or none.
     """
 
     tokens: np.ndarray
@@ -134,9 +135,15 @@ class EncodedInput:
     positions: np.ndarray
     visual: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     units: int = 0
+    images: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def image_units(self) -> tuple[int, ...]:
+        """Units of each image."""
+        return self.images or ((self.units,) if self.units else ())
 
 
 def content_hash(item: EncodedInput) -> int:

@@ -31,8 +31,13 @@ class Packer(Protocol):
         """Numbers of the inputs that this process encodes."""
         ...
 
-    def fill(self, planned: Any, encoded: Mapping[int, EncodedInput]) -> Any:
-        """The part of the batch that this process holds."""
+    def fill(
+        self,
+        planned: Any,
+        encoded: Mapping[int, EncodedInput],
+        images: Sequence[Sequence[int]],
+    ) -> Any:
+        """The part of the batch that this process holds; `images` are the units of all inputs'."""
         ...
 
 
@@ -112,15 +117,19 @@ class Assembly:
             ]
             if not all(example.items for example in complete):
                 return SharedBatch(None, complete)
-            planned, wanted = self._plan(complete)
-            bad = self._fetch(complete, wanted, held)
-            hashes = [(*place, content_hash(held[place])) for place in wanted.values() if not bad]
-            told = self._tell(f"batch/{step}/{attempt}/read", [[list(bad.items()), hashes]])
+            planned, places, own = self._plan(complete)
+            bad = self._fetch(complete, [places[i] for i in own], held)
+            encoded = {} if bad else {i: held[places[i]] for i in own}
+            facts = [
+                (*places[i], content_hash(item), item.image_units) for i, item in encoded.items()
+            ]
+            told = self._tell(f"batch/{step}/{attempt}/read", [[list(bad.items()), facts]])
             failed = {position: said for part, _ in told for position, said in part}
             if not failed:
-                complete = _with_ids(complete, [entry for _, part in told for entry in part])
-                encoded = {item: held[place] for item, place in wanted.items()}
-                return SharedBatch(self._sharing.packer.fill(planned, encoded), complete)
+                known = {(p, side): rest for _, part in told for p, side, *rest in part}
+                complete = _with_ids(complete, known)
+                images = [known[place][1] for place in places]
+                return SharedBatch(self._sharing.packer.fill(planned, encoded, images), complete)
             mine = {}
             for position, message in failed.items():
                 problems[position] += (message,)
@@ -135,18 +144,18 @@ class Assembly:
             return example._replace(items=(), problems=())
         return self._measuring.first_good(example.source, example.at + 1, tried)
 
-    def _plan(self, examples: Sequence[Example]) -> tuple[Any, dict[int, tuple[int, int]]]:
-        """The plan, and (position, side) of the inputs that this process encodes, by number."""
+    def _plan(self, examples: Sequence[Example]) -> tuple[Any, list[tuple[int, int]], list[int]]:
+        """The plan, (position, side) of all inputs, numbers of those that this process encodes."""
         places = [(p, side) for side in (0, 1) for p in range(len(examples))]
         places += [(p, 2 + k) for p, e in enumerate(examples) for k in range(len(e.items) - 2)]
         sizes = [tuple(examples[p].items[side]) for p, side in places]
         planned = self._sharing.packer.plan_step(sizes, [len(e.items) - 2 for e in examples])
-        return planned, {i: places[i] for i in self._sharing.packer.items(planned)}
+        return planned, places, self._sharing.packer.items(planned)
 
     def _fetch(self, examples, wanted, held) -> dict[int, str]:
         """Encode what is wanted and not held yet; returns the bad positions with the reason."""
         missing: dict[int, list[int]] = {}
-        for position, side in wanted.values():
+        for position, side in wanted:
             if (position, side) not in held:
                 missing.setdefault(position, []).append(side)
         each = map if self._pool is None else self._pool.map
@@ -192,11 +201,14 @@ class Assembly:
         return [entry for part in told for entry in json.loads(part)]
 
 
-def _with_ids(examples: list[Example], hashes: list) -> list[Example]:
-    ids = [[0] * len(example.items) for example in examples]
-    for position, side, value in hashes:
-        ids[position][side] = value
-    return [e._replace(ids=tuple(own)) for e, own in zip(examples, ids, strict=True)]
+def _with_ids(
+    examples: list[Example], known: Mapping[tuple[int, int], Sequence[Any]]
+) -> list[Example]:
+    """The examples with the content hash of each (position, side)."""
+    return [
+        e._replace(ids=tuple(known[position, side][0] for side in range(len(e.items))))
+        for position, e in enumerate(examples)
+    ]
 
 
 def _example(fields: Sequence[Any]) -> Example:

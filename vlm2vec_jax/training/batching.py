@@ -123,14 +123,14 @@ class StepPlan(NamedTuple):
       chunks: which rows share a chunk, by group.
       slots: of each input, see `TrainBatch`.
       shapes: of all groups that the run has had so far.
-      flops: of the sequences' forward passes.
+      tokens: of each input.
     """
 
     rows: Plan
     chunks: tuple[ChunkPlan, ...]
     slots: list[int]
     shapes: tuple[ChunkShape, ...]
-    flops: float
+    tokens: list[int]
 
 
 class BatchPacker:
@@ -149,7 +149,7 @@ class BatchPacker:
         negatives: int = 0,
         part: tuple[int, int] = (0, 1),
         shapes: Iterable[ChunkShape] = (),
-        flops: Callable[[int, int], float] = lambda tokens, units: 0.0,
+        flops: Callable[[int, Sequence[int]], float] = lambda tokens, images: 0.0,
         finely: bool = False,
     ):
         """Set up.
@@ -163,7 +163,8 @@ class BatchPacker:
           part: (which, of how many): the block of every chunk's rows that this process holds.
           shapes: that the run has had so far (`PackedStep.shapes`), so that a run that goes on
             packs, and so adds up, exactly as it would have.
-          flops: (tokens, units) -> FLOPs of a sequence's forward pass, to be told of each batch.
+          flops: (tokens, units of each image) -> FLOPs of a sequence's forward pass, to be told of
+            each batch.
           finely: see `packing.arrange`; for a CPU, where a row costs more and a program less.
         """
         self.rows = rows
@@ -270,7 +271,8 @@ class BatchPacker:
             encoded += hard[: self.negatives]
         counts = [min(len(hard), self.negatives) for hard in negatives]
         planned = self.plan_step([(len(item), item.units) for item in encoded], counts)
-        return self._fill(planned, encoded, (0, 1))
+        images = [item.image_units for item in encoded]
+        return self._fill(planned, encoded, images, (0, 1))
 
     def plan_step(self, sizes: Sequence[Size], negatives: Sequence[int] = ()) -> StepPlan:
         """Where everything of a batch stands; equal sizes, equal plan.
@@ -283,21 +285,33 @@ class BatchPacker:
         slots = [*range(pairs), *(pairs + i * each for i in range(pairs))]
         for i, count in enumerate(negatives):
             slots += (pairs + i * each + 1 + k for k in range(count))
-        flops = sum(self._flops(*size) for size in sizes)
-        return StepPlan(*self.arrange(sizes), slots, tuple(self._shapes.values()), flops)
+        tokens = [size[0] for size in sizes]
+        return StepPlan(*self.arrange(sizes), slots, tuple(self._shapes.values()), tokens)
 
     def items(self, planned: StepPlan) -> list[int]:
         """Numbers of the inputs that stand in this process's rows."""
         return sorted({i for chunk in planned.chunks for i in chunk.items(self.part)})
 
-    def fill(self, planned: StepPlan, encoded: Mapping[int, EncodedInput]) -> PackedStep:
-        """Fill this process's rows with the inputs that `items` named."""
-        return self._fill(planned, encoded, self.part)
+    def fill(
+        self,
+        planned: StepPlan,
+        encoded: Mapping[int, EncodedInput],
+        images: Sequence[Sequence[int]],
+    ) -> PackedStep:
+        """Fill this process's rows.
 
-    def _fill(self, planned: StepPlan, encoded, part: tuple[int, int]) -> PackedStep:
+        Args:
+          planned: the batch.
+          encoded: the inputs that `items` named.
+          images: of all inputs of the batch, units of each image.
+        """
+        return self._fill(planned, encoded, images, self.part)
+
+    def _fill(self, planned: StepPlan, encoded, images, part: tuple[int, int]) -> PackedStep:
         groups = tuple(
             fill_chunks(chunk, encoded, self._layout, slots=planned.slots, part=part)
             for chunk in planned.chunks
         )
+        flops = sum(map(self._flops, planned.tokens, images))
         rows = planned.rows
-        return PackedStep(groups, rows.token_share, rows.unit_share, planned.shapes, planned.flops)
+        return PackedStep(groups, rows.token_share, rows.unit_share, planned.shapes, flops)

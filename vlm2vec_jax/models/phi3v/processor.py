@@ -218,7 +218,7 @@ class Phi3VProcessor(ImageTextProcessor):
         visual, indices, _, units = self._images(item.images)
         tokens, index = self._interleave(pieces, numbers, indices)
         positions = np.arange(len(tokens), dtype=np.int32)
-        return EncodedInput(tokens, index, positions, visual, units)
+        return EncodedInput(tokens, index, positions, visual, sum(units), units)
 
     def _interleave(
         self, pieces: list[str], numbers: list[int], indices: list[np.ndarray]

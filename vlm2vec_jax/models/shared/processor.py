@@ -72,9 +72,9 @@ class ImageTextProcessor:
 
     def _images(
         self, images: Sequence[ImageLike]
-    ) -> tuple[dict[str, np.ndarray], list[np.ndarray], list[Any], int]:
+    ) -> tuple[dict[str, np.ndarray], list[np.ndarray], list[Any], tuple[int, ...]]:
         """Visual arrays of all images, index of each into their common table, grids, units."""
-        parts, indices, units = [], [], 0
+        parts, indices, counts, units = [], [], [], 0
         shared, features = self._layout.shared_features, self._layout.features_per_unit
         for image in images:
             part = self._image(image)
@@ -84,13 +84,14 @@ class ImageTextProcessor:
             if units:
                 moved = np.where(moved >= shared, moved + units * features, moved)
             indices.append(moved.astype(np.int32, copy=False))
-            units += len(next(iter(part.visual.values())))
+            counts.append(len(next(iter(part.visual.values()))))
+            units += counts[-1]
         visual = {
             # With one image this spares a copy of megabytes.
             name: first if len(parts) == 1 else np.concatenate([p.visual[name] for p in parts])
             for name, first in parts[0].visual.items()
         }
-        return visual, indices, [part.grid for part in parts], units
+        return visual, indices, [part.grid for part in parts], tuple(counts)
 
 
 class PlaceholderProcessor(ImageTextProcessor):
@@ -150,7 +151,7 @@ class PlaceholderProcessor(ImageTextProcessor):
         visual, indices, grids, units = self._images(item.images)
         tokens, index, starts = self._interleave(ids, order, indices)
         places = self._positions(tokens, ids, starts, [grids[k] for k in order])
-        return EncodedInput(tokens, index, places, visual, units)
+        return EncodedInput(tokens, index, places, visual, sum(units), units)
 
     def _image_size(self, image: ImageLike) -> tuple[int, int]:
         """Tokens and units of an image, from its header."""
