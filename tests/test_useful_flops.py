@@ -68,6 +68,7 @@ def test_images_of_a_sequence_are_counted_one_by_one(mixture, family, processes)
         packer = BatchPacker(
             choose_rows(sizes, longest=2048),
             processor.visual_layout,
+            chunk_tokens=64 * processes,
             row_multiple=processes,
             part=(process, processes),
             flops=functools.partial(model.backbone.flops, model.config),
