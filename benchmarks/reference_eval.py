@@ -137,6 +137,12 @@ class Loop:
         return np.concatenate(out)
 
 
+def distinct_pairs(data: Path) -> set[tuple[str, str]]:
+    """(text, image path) of all queries and candidates in a folder of MMEB-eval's layout."""
+    files = data.glob("*/test-*.parquet")
+    return {pair for file in files for side in _distinct(_rows(file)) for pair in side}
+
+
 def _rows(file: Path) -> list[dict]:
     return pq.read_table(file).to_pylist()
 
