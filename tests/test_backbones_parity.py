@@ -270,8 +270,9 @@ def test_adapters(backbone, name, place):
         if n.startswith("grad/")
     }
     assert len(idle) == len({n.split(".lora_")[0] for n in named if np.isnan(named[n]).all()})
-    # At temperature 0.02, through a tower of random weights (measured: 0.67 of this at most).
-    check_gradients(got, want, relative=1e-4, absolute=1e-4)
+    # At temperature 0.02, through a tower of random weights. On one kind of CPU 0.34 of this were
+    # used at most, on another 0.58: they add up in another order.
+    check_gradients(got, want, relative=2e-4, absolute=2e-4)
 
 
 def _module(name: str) -> str:
