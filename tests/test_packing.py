@@ -347,7 +347,7 @@ def test_row_batches_end_with_a_fraction():
 def test_few_rows_are_rounded_finely(multiple, full):
     found = [packing.round_rows(n, full, multiple) for n in range(1, full % 600 + 600) if n <= full]
     for n, rows in enumerate(found, 1):
-        assert rows % multiple == 0 and n <= rows <= packing._fraction(n, full, multiple)
+        assert rows % multiple == 0 and n <= rows <= packing.halved_rows(n, full, multiple)
         assert rows < 1.25 * n + multiple
     assert found == sorted(found)
     # Four numbers of rows to a doubling.

@@ -27,7 +27,10 @@ from vlm2vec_jax.planning import (
     Plan,
     RowShape,
     choose_row_tokens,
+    halved_rows,
     plan,
+    round_chunks,
+    round_rows,
     round_sequences,
     round_units,
     row_lengths,
@@ -49,6 +52,7 @@ __all__ = [
     "chunked",
     "fill",
     "fill_chunks",
+    "halved_rows",
     "plan",
     "round_chunks",
     "round_rows",
@@ -142,18 +146,6 @@ class ChunkedGroup(NamedTuple):
     num_chunks: Any
 
 
-def round_chunks(n: int, buckets: Sequence[int] | None = None) -> int:
-    """Round a number of chunks up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ..., or to one of `buckets`.
-
-    Beyond the last of `buckets`: to a multiple of it.
-    """
-    if buckets:
-        last = max(buckets)
-        return min((b for b in buckets if b >= n), default=-(-n // last) * last)
-    power = 1 << max(n - 1, 0).bit_length()
-    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
-
-
 def fill(
     rows: Rows,
     encoded: Mapping[int, EncodedInput] | Sequence[EncodedInput],
@@ -242,28 +234,6 @@ def _copy_units(
         target[row, unit : unit + item.units] = source
 
 
-def _fraction(n: int, full: int, multiple: int) -> int:
-    """The smallest of full, full/2, full/4, ... that holds `n`, rounded up to `multiple`."""
-    size = full
-    while size > multiple:
-        half = -(-(size // 2) // multiple) * multiple
-        if half < n or half >= size:
-            break
-        size = half
-    return size
-
-
-def round_rows(n: int, full: int, multiple: int = 1) -> int:
-    """Rows of a chunk that holds `n`: `full`, 7/8, 6/8, 5/8, 4/8, 7/16, ... of it, and no fewer.
-
-    At most a quarter more than `n`, and few numbers of rows, each a program; all of them are
-    rounded up to `multiple`.
-    """
-    half = _fraction(n, full, multiple)
-    parts = (-(-half * k // 8 // multiple) * multiple for k in (5, 6, 7))
-    return min((size for size in parts if size >= n), default=half)
-
-
 def row_batches(group: GroupPlan, rows_per_batch: int, *, row_multiple: int = 1) -> list[RowBatch]:
     """Split a group into batches of equally many rows; the last may be a half, quarter, ...
 
@@ -279,7 +249,7 @@ def row_batches(group: GroupPlan, rows_per_batch: int, *, row_multiple: int = 1)
     batches = []
     for start in range(0, len(group.rows), full):
         rows = group.rows[start : start + full]
-        batches.append(RowBatch(rows, _fraction(len(rows), full, row_multiple)))
+        batches.append(RowBatch(rows, halved_rows(len(rows), full, row_multiple)))
     return batches
 
 
@@ -312,7 +282,7 @@ def arrange(
       Text groups by row length, then visual groups by row length.
     """
     wanted = {shape.row: shape for shape in at_least}
-    rounded = round_rows if finely else _fraction
+    rounded = round_rows if finely else halved_rows
     arranged = []
     for group in planned.groups:
         least = wanted.pop(group.shape, None)

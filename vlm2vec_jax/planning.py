@@ -112,6 +112,40 @@ def round_sequences(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def round_chunks(n: int, buckets: Sequence[int] | None = None) -> int:
+    """Round a number of chunks up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ..., or to one of `buckets`.
+
+    Beyond the last of `buckets`: to a multiple of it.
+    """
+    if buckets:
+        last = max(buckets)
+        return min((b for b in buckets if b >= n), default=-(-n // last) * last)
+    power = 1 << max(n - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def halved_rows(n: int, full: int, multiple: int) -> int:
+    """The smallest of full, full/2, full/4, ... that holds `n`, rounded up to `multiple`."""
+    size = full
+    while size > multiple:
+        half = -(-(size // 2) // multiple) * multiple
+        if half < n or half >= size:
+            break
+        size = half
+    return size
+
+
+def round_rows(n: int, full: int, multiple: int = 1) -> int:
+    """Rows of a chunk that holds `n`: `full`, 7/8, 6/8, 5/8, 4/8, 7/16, ... of it, and no fewer.
+
+    At most a quarter more than `n`, and few numbers of rows, each a program; all of them are
+    rounded up to `multiple`.
+    """
+    half = halved_rows(n, full, multiple)
+    parts = (-(-half * k // 8 // multiple) * multiple for k in (5, 6, 7))
+    return min((size for size in parts if size >= n), default=half)
+
+
 def row_lengths(row_tokens: int, max_row_tokens: int, *, fine: bool = False) -> tuple[int, ...]:
     """List the row lengths of a plan: 1, 1.5, 2, 3, 4, 6, ... times `row_tokens`.
 
